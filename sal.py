@@ -62,7 +62,7 @@ def parse_options(arguments=None):
     pre.add_argument("--pretrain-rotation", type=float, default=.3, help="largest rotation of a pair in rad (PCL: pi)")
     pre.add_argument("--no-la", action="store_true", help="ablation: GP alone")
     pre.add_argument("--no-gp", action="store_true", help="ablation: LA alone")
-    pre.add_argument("--no-centre", action="store_true", help="ablation: E without centring; LA collapses")
+    pre.add_argument("--no-uniformity", action="store_true", help="ablation: the paper's LA without our repulsion; collapses")
     fine = p.add_argument_group("fine-tuning, the same for scratch")
     fine.add_argument("--steps", type=int, help="optimiser steps (PCL: 100 epochs)")
     fine.add_argument("--batch", type=int, default=16, help="slices a step (PCL: 10)")
@@ -89,7 +89,8 @@ def local_alignment_loss(x_i, x_j, windows=1):
     X_i, X_j = (F.normalize(x.float(), dim=1) for x in (x_i, x_j))
     # cut into r^2 windows: [B, C, h, w] -> [B, C, r, h/r, r, w/r] -> [B r^2, hw/r^2, C]
     X_i, X_j = (X.view(B, C, r, h // r, r, w // r).permute(0, 2, 4, 3, 5, 1).reshape(B * r * r, -1, C) for X in (X_i, X_j))
-    A = X_i @ X_j.mT                                                       # [B r^2, hw/r^2, hw/r^2] cosine similarities
+    with torch.autocast(x_i.device.type, enabled=False):       # float32 also under autocast
+        A = X_i @ X_j.mT                                                   # [B r^2, hw/r^2, hw/r^2] cosine similarities
     # L_LA = 1/(hw) sum_p | 1 - max_q A[p,q] |    (LA); the mean over windows of equal size is (WLA)
     forward = (1 - A.amax(2)).abs().mean()                                 # rows: pixels of i
     backward = (1 - A.amax(1)).abs().mean()                                # columns: pixels of j
@@ -108,12 +109,32 @@ def global_positional_loss(z, position, threshold, temperature):
     # P(a) = { b != a : |pos_a - pos_b| < t }
     P = ((position[:, None] - position[None]).abs() < threshold) & ~itself             # [n, n]
     # log exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau)
-    sim = z @ z.T / temperature                                                        # [n, n]
+    with torch.autocast(z.device.type, enabled=False):                                 # float32 also under autocast
+        sim = z @ z.T / temperature                                                    # [n, n]
     log_prob = sim - sim.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)    # [n, n]
     # L_GP = - mean_a 1/|P(a)| sum_{p in P(a)} ...
     count = P.sum(1)                                                                   # [n]
     per_anchor = -(log_prob * P).sum(1) / count.clamp(min=1)
     return per_anchor[count > 0].mean() if (count > 0).any() else z.sum() * 0
+
+
+def uniformity_loss(x, volume, places=16, sharpness=4.):
+    """What LA lacks (ours, after Wang and Isola 2020): pixels that are no match repel, so that equal features cannot win.
+
+        L_U = log mean exp(4 sim(X_a[p], X_b[q]))   over pixels of `places` random places p, q of all n views a, b,
+                                                    except the same place of the same volume
+
+    x [n, C, h, w] before normalisation, volume [n]. 0 when pixels are unrelated, 4 when all are equal. Pixels of one place in
+    different volumes are among the pairs: else a code of the place, read off the zero padding, makes LA 0 without anatomy.
+    """
+    n, places = len(x), min(places, x[0, 0].numel())
+    place = torch.randperm(x[0, 0].numel())[:places].to(x.device)
+    X = F.normalize(x.float(), dim=1).flatten(2)[:, :, place].movedim(1, 2).flatten(0, 1)     # [n places, C]
+    same = torch.as_tensor(volume, device=x.device)[:, None].expand(n, places).flatten() * places + torch.arange(
+        places, device=x.device).repeat(n)                                                    # [n places] volume and place
+    with torch.autocast(x.device.type, enabled=False):
+        S = (sharpness * X @ X.T)[same[:, None] != same[None]]                                # the pairs that repel
+    return S.logsumexp(0) - math.log(len(S))
 
 
 def pair_kinds(volume, slice_number, depth, threshold):
@@ -146,16 +167,15 @@ def random_pair_similarity(x):
 
 class Heads(nn.Module):
     """What pre-training puts on the encoder and throws away: the linear embedding E and the projection of GP."""
-    def __init__(self, widths, level, centre, dim=128):
+    def __init__(self, widths, level, dim=64):
         super().__init__()
         self.level = level
         self.embed = nn.Conv2d(widths[level], dim, 1, bias=False)          # E
-        self.centre = nn.BatchNorm2d(dim, affine=False) if centre else nn.Identity()
-        self.project = nn.Sequential(nn.Linear(widths[-1], widths[-1]), nn.ReLU(), nn.Linear(widths[-1], dim))
+        self.project = nn.Sequential(nn.Linear(widths[-1], widths[-1]), nn.ReLU(), nn.Linear(widths[-1], 128))
 
     def forward(self, features):
-        """Encoder features -> (x [n, dim, h, w] before normalisation, z [n, dim])."""
-        return self.centre(self.embed(features[self.level])), self.project(features[-1].mean((2, 3)))
+        """Encoder features -> (x [n, dim, h, w] before normalisation, z [n, 128])."""
+        return self.embed(features[self.level]), self.project(features[-1].mean((2, 3)))
 
 
 def sample_pairs(dataset, numbers, n_pairs, threshold):
@@ -171,11 +191,20 @@ def sample_pairs(dataset, numbers, n_pairs, threshold):
     return i, i - s + j
 
 
+def pair_batch(dataset, numbers, o, device):
+    """B pairs of close slices as views [2B, C, S, S] (all i, then all j), and their numbers [2B]."""
+    pick = np.concatenate(sample_pairs(dataset, numbers, o.pairs, o.threshold))
+    # the same place for both slices of a pair, intensities each their own (ours)
+    grid = spatial_grid(o.pairs, o.size, o.pretrain_rotation, device).repeat(2, 1, 1, 1)           # [2B, S, S, 2]
+    views = photometric(warp(dataset.image(pick, device), grid))           # [2B, C, S, S]
+    return views.contiguous(memory_format=torch.channels_last), pick
+
+
 def pretrain(dataset, numbers, o, device, out):
     """Train encoder and heads on the slices `numbers` without labels; returns (U-Net, heads), writes pretrained.pt."""
     torch.manual_seed(1000)
     unet = UNet(dataset.info["channels"], 2, o.width).to(device, memory_format=torch.channels_last)
-    heads = Heads(unet.encoder.widths, o.level, not o.no_centre).to(device)
+    heads = Heads(unet.encoder.widths, o.level).to(device)
     parameters = [*unet.encoder.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, o.pretrain_lr, weight_decay=1e-5)
     state, step, T = out / "pretraining.pt", 0, o.pretrain_steps
@@ -184,23 +213,21 @@ def pretrain(dataset, numbers, o, device, out):
     bar = trange(step, T, initial=step, total=T, desc="pre-train", disable=None)
     for step in bar:
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * .5 * (1 + math.cos(math.pi * step / T))
-        i, j = sample_pairs(dataset, numbers, o.pairs, o.threshold)
-        # the same place for both slices of a pair, intensities each their own (ours)
-        grid = spatial_grid(o.pairs, o.size, o.pretrain_rotation, device)  # [B, S, S, 2]
-        views = warp(dataset.image(np.concatenate([i, j]), device), grid.repeat(2, 1, 1, 1))       # [2B, 1, S, S]
-        views = photometric(views).contiguous(memory_format=torch.channels_last)
+        views, pick = pair_batch(dataset, numbers, o, device)              # [2B, C, S, S], [2B]
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
             x, z = heads(unet.encoder(views))                              # [2B, C, h, w], [2B, d]
-        position = torch.from_numpy(dataset.position[np.concatenate([i, j])])                      # [2B]
-        L_GP = global_positional_loss(z, position, o.threshold, o.temperature)
+        L_GP = global_positional_loss(z, torch.from_numpy(dataset.position[pick]), o.threshold, o.temperature)
         L_WLA = local_alignment_loss(*x.chunk(2), o.windows)
-        # L = L_GP + lambda L_WLA    (total)
-        loss = (0 if o.no_gp else L_GP) + (0 if o.no_la else o.lambda_la * L_WLA)
+        L_U = uniformity_loss(x, dataset.volume[pick])
+        # L = L_GP + lambda L_WLA    (total); L_U is ours
+        loss = (0 if o.no_gp else L_GP) + (0 if o.no_la else o.lambda_la * (L_WLA + (0 if o.no_uniformity else L_U)))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         if step % 50 == 0 or step == T - 1:
-            row = dict(GP=L_GP.item(), GP_chance=math.log(2 * o.pairs - 1), WLA=L_WLA.item(),
+            x_i, x_j = x.detach().chunk(2)                                 # WLA's chance level: slices of other volumes
+            row = dict(GP=L_GP.item(), GP_chance=math.log(2 * o.pairs - 1), WLA=L_WLA.item(), U=L_U.item(),
+                       WLA_strangers=local_alignment_loss(x_i, x_j.roll(1, 0), o.windows).item(),
                        random_pairs=random_pair_similarity(x).item())
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()})
             common.log(out, phase="pretrain", step=step, **row)
@@ -280,7 +307,7 @@ def feature_maps(images, o, device, pretrained=None):
     """X [V, C, h, w] of the slices of one volume, of a random network or of what pretrained.pt holds."""
     torch.manual_seed(1000)
     unet = UNet(images.shape[1], 2, o.width)
-    heads = Heads(unet.encoder.widths, o.level, not o.no_centre)
+    heads = Heads(unet.encoder.widths, o.level)
     if pretrained:
         common.load_weights(unet, pretrained["unet"], ["encoder"])
         heads.load_state_dict(pretrained["heads"])
