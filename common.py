@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Cases, DataError, normalise, read_case, read_image, read_label
+from data import DataError, normalise, read_case, read_label
 
 # ------------------------------------------------------------------------------------------------ U-Net
 
@@ -105,15 +105,29 @@ def dice_score(pred, truth, classes):
     return score
 
 
-def _surface(mask, spacing):
-    """Positions in mm [n, dims] of the voxels with a face neighbour outside the mask (beyond the border is outside)."""
+def _surface(mask):
+    """The voxels of a mask with a face neighbour outside it (beyond the border is outside); same shape, bool."""
     inner, padded = mask.copy(), np.pad(mask, 1)
     for axis in range(mask.ndim):
         for step in (0, 2):
             window = [slice(1, -1)] * mask.ndim
             window[axis] = slice(step, step + mask.shape[axis])
             inner &= padded[tuple(window)]
-    return torch.from_numpy(np.argwhere(mask & ~inner) * np.asarray(spacing, float)).float()
+    return mask & ~inner
+
+
+def _distance_map(points, spacing):
+    """Distance in mm of every voxel to the nearest True voxel, exact, one axis after the other: d_i = min_j d_j + (i - j)^2."""
+    d = np.where(points, 0., np.inf)
+    for axis, mm in enumerate(spacing):
+        d = np.moveaxis(d, axis, 0)                                        # [n, ...]
+        square = ((np.arange(len(d)) * mm) ** 2).reshape(-1, *[1] * (d.ndim - 1))
+        out = np.full_like(d, np.inf)
+        for j, row in enumerate(d):
+            np.minimum(out[j:], row + square[:len(d) - j], out=out[j:])
+            np.minimum(out[:j], row + square[j:0:-1], out=out[:j])
+        d = np.moveaxis(out, 0, axis)
+    return np.sqrt(d)
 
 
 def surface_distances(pred, truth, spacing):
@@ -121,12 +135,13 @@ def surface_distances(pred, truth, spacing):
 
     HD95: the larger of the two directed 95th percentiles. ASSD: mean over all surface voxels of both masks.
     """
-    a, b = (_surface(np.asarray(m, bool), spacing) for m in (pred, truth))
-    if not len(a) or not len(b):
+    pred, truth = np.asarray(pred, bool), np.asarray(truth, bool)
+    if not pred.any() or not truth.any():
         return math.nan, math.nan
-    nearest = lambda p, q: np.concatenate([                                # chunks of 1024 rows: little memory
-        torch.cdist(rows, q, compute_mode="donot_use_mm_for_euclid_dist").amin(1).numpy() for rows in p.split(1024)])
-    ab, ba = nearest(a, b), nearest(b, a)
+    found = np.argwhere(pred | truth)
+    box = tuple(slice(lo, hi + 1) for lo, hi in zip(found.min(0), found.max(0)))
+    a, b = (_surface(m[box]) for m in (pred, truth))
+    ab, ba = _distance_map(b, spacing)[a], _distance_map(a, spacing)[b]    # from a to b, from b to a
     return float(max(np.percentile(ab, 95), np.percentile(ba, 95))), float(np.concatenate([ab, ba]).mean())
 
 
@@ -197,19 +212,6 @@ class SliceDataset:
     def label(self, numbers, device="cpu"):
         """Labels of these slices, int64 [B, S, S]."""
         return torch.from_numpy(self.labels[numbers]).to(device).long()
-
-
-def default_grid(cases):
-    """(mm a pixel, S) that suit the data: ACDC and the phantom as in README; else S = 96 over the median field of view."""
-    if cases.layout == "ACDC":
-        return 2.0, 96
-    spans, pixels = [], []
-    for case in cases[:: max(1, len(cases) // 20)]:
-        image, spacing = read_image(case.files, cases)
-        spans.append(max(n * s for n, s in zip(image.shape[2:], spacing[1:])))
-        pixels.append(min(spacing[1:]))
-    size = 96 if np.median(spans) / np.median(pixels) > 64 else 64
-    return round(max(float(np.median(pixels)), float(np.median(spans)) / size), 2), size
 
 
 def prepare(cases, target, size, cache):

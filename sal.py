@@ -8,7 +8,28 @@ Two close slices of one scan show nearly the same anatomy, so most pixels of one
 alignment loss (LA) lets every pixel pick its best match and pulls the two together; the global positional loss (GP) uses
 where a slice lies in its volume. Pre-train the encoder with both, without labels; then fine-tune a U-Net with few labels.
 
-Letters: B pairs in a batch, n = 2B views, C channels, h, w size of a feature map, V slices in a volume, i slice number.
+Paper, code, and what we chose. [paper]: stated there; [PCL]: Zeng et al., MICCAI 2021, what "positional" means in this field;
+[ours]: the paper is silent or we could not read it. The authors published no code.
+ 1. LA pulls the best match of every pixel to similarity 1 with MAE, on slices with |i-j| / V < t [paper, Fig. 2]. Both directions
+    (rows and columns of A) are averaged [ours].
+ 2. WLA matches inside r x r windows [paper, Figs. 1, 2]. r = 4 [ours].
+ 3. X = N(E(F(S))): encoder F, linear embedding E, L2 norm over channels N [paper]. E has no bias, X comes from encoder level 3
+    (S / 8: 12 x 12 places at 96 x 96; the deepest map would have 6 x 6) [ours].
+ 4. GP: the paper's equation could not be read, so it is PCL's loss with tau = 0.1, t = 0.35, without its factor tau / 0.07 [PCL].
+ 5. Total: L_GP + lambda L_WLA; lambda = 1 [ours].
+ 6. LA has no repulsion and is won by features that teach nothing. Measured on ACDC: as written it falls to 0.001 in 50 steps with
+    all pixels alike; batch-normalised E: the same, by codes of two or three states; whitened E: 0.016, by a code of the place read
+    off the zero padding (slices of *other* volumes match as well). So L_U repels pixels that are no match (see `uniformity_loss`),
+    and the log prints WLA beside WLA between strangers, its chance level [ours]. `--no-uniformity` is the paper's form.
+ 7. Pairs: slice i at random, j at random with |i-j| / V < t, j = i allowed, so that all four kinds of Fig. 1 occur. The two are
+    moved by the same transform, or there would be no place to align, and get intensities of their own [ours].
+ 8. Pre-training by AdamW 1e-3 with a cosine (PCL: SGD 0.1); fine-tuning by cross-entropy + Dice, AdamW, the encoder slower than
+    the new decoder (PCL: cross-entropy, Adam 5e-5) [ours]. The encoder is loaded, the decoder starts from scratch [PCL].
+ 9. One pre-training serves all seeds, so the spread over seeds is that of fine-tuning. The last checkpoint is scored; test
+    patients choose nothing [ours].
+
+Letters: B pairs in a batch, n = 2B views, C channels, h, w size of a feature map, S network size, V slices in a volume,
+i slice number, K classes.
 """
 import argparse, math, sys, time
 from pathlib import Path
@@ -21,7 +42,8 @@ from tqdm import trange
 
 import common
 from common import UNet, photometric, spatial_grid, warp
-from data import PHANTOM_VERSION, DataError, find_cases, make_phantom, read_image, normalise, split_patients, stem, write_nifti
+from data import (PHANTOM_VERSION, Cases, DataError, default_grid, find_cases, make_phantom, normalise, read_image, split_patients,
+                  stem, write_nifti)
 
 METHOD = "sal"
 
@@ -378,7 +400,7 @@ PHANTOM = dict(seeds=[0], pretrain_steps=300, steps=120, spacing=2.5, size=64)
 REAL = dict(seeds=[0, 1, 2], pretrain_steps=3000, steps=600)
 
 
-def resolve(o, cases, default_grid):
+def resolve(o, cases):
     """Fill in the options that depend on the data and refuse impossible ones; o.saved is what a checkpoint must match."""
     for key, value in (REAL if o.data else PHANTOM).items():
         if getattr(o, key) is None:
@@ -434,7 +456,7 @@ def predict_files(o, device):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{out}: cannot be made ({error.strerror}); give another --out") from None
-    like = common.Cases([], ".", "plain", classes, modality=content["modality"], channels=content["channels"])
+    like = Cases([], ".", "plain", classes, modality=content["modality"], channels=content["channels"])
     for file in map(Path, o.predict):
         image, spacing = read_image((file,), like)                         # [C, V, H, W]
         x = torch.from_numpy(normalise(image, like.modality)).movedim(1, 0)                  # [V, C, H, W]
@@ -453,7 +475,7 @@ def main(arguments=None):
     if not o.data and not root.exists():
         make_phantom(root)
     cases = find_cases(root)
-    resolve(o, cases, common.default_grid)
+    resolve(o, cases)
     split = split_patients(cases)
     if max(o.labelled) > len(split["labelled"]):
         raise DataError(f"--labelled {max(o.labelled)}: only {len(split['labelled'])} training patients have labels")

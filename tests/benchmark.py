@@ -74,7 +74,7 @@ def main():
         for _ in range(2):
             begin = time.perf_counter()
             cases = data.find_cases(root)
-            sal.resolve(o, cases, common.default_grid)
+            sal.resolve(o, cases)
             dataset = common.prepare(cases, o.spacing, o.size, Path(folder) / "cache")
             times.append(time.perf_counter() - begin)
         print(f"start on {len(cases)} volumes: first {times[0]:.2f} s, then {times[1]:.2f} s (ratio {times[0] / times[1]:.0f}); "

@@ -1,5 +1,5 @@
 """Small things every test file uses: the repository on the path, one thread, a tiny phantom, a script run as a user runs it."""
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 
 import nibabel as nib
@@ -17,8 +17,8 @@ TINY = ["--size", "32", "--spacing", "5", "--width", "4", "--pretrain-steps", "6
 
 def run(script, *arguments, cwd=ROOT, **kwargs):
     """Run a script in a new process; returns what subprocess does, with text output."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300, **kwargs)
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True, timeout=300, stderr=subprocess.PIPE,
+                          stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)   # tiny networks: one thread
 
 
 def save(path, array, spacing=(1., 1., 1.), codes="LPS"):
