@@ -246,11 +246,11 @@ def _write_slices(cases, target, size, folder):
             x = torch.from_numpy(normalise(volume.image, cases.modality)).movedim(1, 0)      # [V, C, H, W]
             image_file.write(to_network(x, volume.spacing, target, size).clamp(0, 1).half().numpy().tobytes())
             y = np.full((len(x), size, size), 255, np.uint8)
-            if volume.label is not None:
-                one_hot = F.one_hot(torch.from_numpy(volume.label).long(), len(cases.classes)).movedim(-1, 1).float()
-                placed = to_network(one_hot, volume.spacing, target, size)                   # [V, K, S, S]
-                placed[:, 0] += 1e-3                                       # padding, where all are 0, is background
-                y = placed.argmax(1).byte().numpy()
+            for v in range(len(x) if volume.label is not None else 0):
+                one_hot = F.one_hot(torch.from_numpy(volume.label[v:v + 1]).long(), len(cases.classes)).movedim(-1, 1).float()
+                placed = to_network(one_hot, volume.spacing, target, size)[0]                # [K, S, S]
+                placed[0] += 1e-3                                          # padding, where all are 0, is background
+                y[v] = placed.argmax(0).byte().numpy()
             label_file.write(y.tobytes())
             index.append({"name": case.name, "patient": case.patient, "shape": list(volume.image.shape[1:]),
                           "spacing": list(volume.spacing), "labelled": volume.label is not None})

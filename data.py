@@ -329,6 +329,14 @@ def read_image(files, cases):
     return image, spacing
 
 
+def channel_files(file, channels):
+    """The files of one image: itself, or for several channels NAME_0000, NAME_0001, ... beside it (nnU-Net)."""
+    file = Path(file)
+    if channels == 1 or "_0000." not in file.name:
+        return (file,)
+    return tuple(file.with_name(file.name.replace("_0000.", f"_{c:04d}.")) for c in range(channels))
+
+
 def read_case(case, cases):
     """A case as a `Volume`, checked: shapes agree, at least two slices, known labels. Raises DataError."""
     image, spacing = read_image(case.files, cases)

@@ -42,7 +42,7 @@ from tqdm import trange
 
 import common
 from common import UNet, photometric, spatial_grid, warp
-from data import (PHANTOM_VERSION, Cases, DataError, default_grid, find_cases, make_phantom, normalise, read_image, split_patients,
+from data import (PHANTOM_VERSION, Cases, DataError, channel_files, default_grid, find_cases, make_phantom, normalise, read_image, split_patients,
                   stem, write_nifti)
 
 METHOD = "sal"
@@ -76,7 +76,8 @@ def parse_options(arguments=None):
     pre.add_argument("--pretrain-steps", type=int, help="(PCL: 300 epochs)")
     pre.add_argument("--pairs", type=int, default=16, help="B, pairs of slices a step (PCL: 32 slices)")
     pre.add_argument("--pretrain-lr", type=float, default=1e-3, help="Adam, cosine to 0 (PCL: SGD 0.1)")
-    pre.add_argument("--threshold", type=float, default=.35, help="t, of the volume's length (PCL: 0.35 on ACDC, 0.1 on CT)")
+    pre.add_argument("--threshold", type=float, help="t, of the volume's length (PCL: 0.35 on ACDC, 0.1 on CT; default: 0.35 on "
+                     "ACDC and the phantom, else 0.1)")
     pre.add_argument("--temperature", type=float, default=.1, help="tau of GP (PCL: 0.1)")
     pre.add_argument("--lambda-la", type=float, default=1., help="lambda, weight of LA (paper: not known)")
     pre.add_argument("--windows", type=int, default=4, help="r: r x r windows, r divides h and w (paper: WLA, r not known)")
@@ -253,6 +254,9 @@ def pretrain(dataset, numbers, o, device, out):
                        random_pairs=random_pair_similarity(x).item())
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()})
             common.log(out, phase="pretrain", step=step, **row)
+        if step == 0:
+            kinds = pair_kinds(dataset.volume[pick], dataset.slice[pick], dataset.depth[pick], o.threshold)
+            common.log(out, phase="pretrain", step=0, pairs_of_kind={k: int((kinds == k).sum()) // 2 for k in (1, 2, 3, 4)})
         if (step + 1) % o.save_every == 0 or step == T - 1:
             common.save_training(state, METHOD, o.saved, step + 1, (unet, heads), optimiser)
     common.save_checkpoint(out / "pretrained.pt", method=METHOD, options=o.saved, unet=unet.state_dict(),
@@ -274,7 +278,7 @@ def finetune(name, dataset, numbers, classes, seed, o, device, out, start=None):
                                    {"params": [*unet.decoder.parameters(), *unet.head.parameters()], "peak": o.lr}],
                                   lr=o.lr, weight_decay=1e-4)
     state, step = out / "finetuning.pt", 0
-    if o.resume and state.exists() and torch.load(state, weights_only=True).get("run") == name:
+    if o.resume and state.exists() and common.load_checkpoint(state, METHOD, o.saved).get("run") == name:
         step = common.resume_training(state, METHOD, o.saved, (unet,), optimiser)
     bar = trange(step, o.steps, initial=step, total=o.steps, desc=name, disable=None)
     for step in bar:
@@ -343,7 +347,7 @@ def draw_matches(dataset, patients, o, device, pretrained, path):
     numbers = np.arange(first, first + dataset.depth[first])
     images = dataset.image(numbers, device)                                # [V, C, S, S]
     i = len(numbers) // 2 - 1
-    figure, axes = common.new_figure(1, 5, 2.6, 2.8)
+    figure, axes = common.new_figure(1, 5, 3.0, 3.2)
     picture, S = images[:, 0].cpu(), o.size
     common.show(axes[0, 0], picture[i], title="slice i, query pixels")
     for column, (title, weights) in enumerate((("before", None), ("after", pretrained))):
@@ -405,6 +409,8 @@ def resolve(o, cases):
     for key, value in (REAL if o.data else PHANTOM).items():
         if getattr(o, key) is None:
             setattr(o, key, value)
+    if o.threshold is None:                                                # thick slices are few: 0.35 of 10 slices is 3
+        o.threshold = .35 if cases.layout == "ACDC" or not o.data else .1
     if o.spacing is None or o.size is None:
         spacing, size = default_grid(cases)
         o.spacing, o.size = o.spacing or spacing, o.size or size
@@ -451,6 +457,8 @@ def predict_files(o, device):
     made, classes = content["options"], content["classes"]
     unet = UNet(content["channels"], len(classes), made["width"]).to(device)
     unet.load_state_dict(content["unet"])
+    if len({stem(f) for f in o.predict}) < len(o.predict):
+        raise DataError("--predict: two images have the same name; segment them in two runs with different --out")
     out = Path(o.out) / "predictions"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -458,7 +466,7 @@ def predict_files(o, device):
         raise DataError(f"{out}: cannot be made ({error.strerror}); give another --out") from None
     like = Cases([], ".", "plain", classes, modality=content["modality"], channels=content["channels"])
     for file in map(Path, o.predict):
-        image, spacing = read_image((file,), like)                         # [C, V, H, W]
+        image, spacing = read_image(channel_files(file, like.channels), like)                # [C, V, H, W]
         x = torch.from_numpy(normalise(image, like.modality)).movedim(1, 0)                  # [V, C, H, W]
         x = common.to_network(x, spacing, made["spacing"], made["size"]).to(device)          # [V, C, S, S]
         label = common.predict(unet, x, image.shape[1:], spacing, made["spacing"]).cpu().numpy()
