@@ -82,7 +82,7 @@ def parse_options(arguments=None):
     pre.add_argument("--lambda-la", type=float, default=1., help="lambda, weight of LA (paper: not known)")
     pre.add_argument("--windows", type=int, default=4, help="r: r x r windows, r divides h and w (paper: WLA, r not known)")
     pre.add_argument("--level", type=int, default=3, help="encoder level of X: size S / 2^level (paper: not known)")
-    pre.add_argument("--pretrain-rotation", type=float, default=.3, help="largest rotation of a pair in rad (PCL: pi)")
+    pre.add_argument("--pretrain-rotation", type=float, default=.5, help="largest rotation of a pair in rad (PCL: pi)")
     pre.add_argument("--no-la", action="store_true", help="ablation: GP alone")
     pre.add_argument("--no-gp", action="store_true", help="ablation: LA alone")
     pre.add_argument("--no-uniformity", action="store_true", help="ablation: the paper's LA without our repulsion; collapses")
@@ -90,7 +90,7 @@ def parse_options(arguments=None):
     fine.add_argument("--steps", type=int, help="optimiser steps (PCL: 100 epochs)")
     fine.add_argument("--batch", type=int, default=16, help="slices a step (PCL: 10)")
     fine.add_argument("--lr", type=float, default=2e-3, help="AdamW, cosine to 0 (PCL: Adam 5e-5 to 5e-6)")
-    fine.add_argument("--encoder-lr", type=float, help="for a pre-trained encoder (default: --lr)")
+    fine.add_argument("--encoder-lr", type=float, default=1e-4, help="the same for a pre-trained encoder; scratch uses --lr")
     fine.add_argument("--rotation", type=float, default=.5, help="largest rotation in rad")
     return p.parse_args(arguments)
 
@@ -112,7 +112,7 @@ def local_alignment_loss(x_i, x_j, windows=1):
     X_i, X_j = (F.normalize(x.float(), dim=1) for x in (x_i, x_j))
     # cut into r^2 windows: [B, C, h, w] -> [B, C, r, h/r, r, w/r] -> [B r^2, hw/r^2, C]
     X_i, X_j = (X.view(B, C, r, h // r, r, w // r).permute(0, 2, 4, 3, 5, 1).reshape(B * r * r, -1, C) for X in (X_i, X_j))
-    with torch.autocast(x_i.device.type, enabled=False):       # float32 also under autocast
+    with torch.autocast(x_i.device.type, enabled=False):                   # float32 also under autocast
         A = X_i @ X_j.mT                                                   # [B r^2, hw/r^2, hw/r^2] cosine similarities
     # L_LA = 1/(hw) sum_p | 1 - max_q A[p,q] |    (LA); the mean over windows of equal size is (WLA)
     forward = (1 - A.amax(2)).abs().mean()                                 # rows: pixels of i
@@ -208,7 +208,7 @@ def sample_pairs(dataset, numbers, n_pairs, threshold):
     """
     i = numbers[torch.randint(len(numbers), (n_pairs,)).numpy()]
     V, s = dataset.depth[i], dataset.slice[i]
-    reach = np.ceil(threshold * V).astype(int) - 1                         # the largest |i-j| with |i-j| / V < t
+    reach = np.ceil(threshold * V - 1e-9).astype(int) - 1                  # the largest |i-j| with |i-j| / V < t
     lo, hi = np.maximum(s - reach, 0), np.minimum(s + reach, V - 1)
     j = lo + (torch.rand(n_pairs).numpy() * (hi - lo + 1)).astype(int)
     return i, i - s + j
@@ -224,7 +224,7 @@ def pair_batch(dataset, numbers, o, device):
 
 
 def pretrain(dataset, numbers, o, device, out):
-    """Train encoder and heads on the slices `numbers` without labels; returns (U-Net, heads), writes pretrained.pt."""
+    """Train encoder and heads on the slices `numbers` without labels; writes pretrained.pt."""
     torch.manual_seed(1000)
     unet = UNet(dataset.info["channels"], 2, o.width).to(device, memory_format=torch.channels_last)
     heads = Heads(unet.encoder.widths, o.level).to(device)
@@ -248,7 +248,7 @@ def pretrain(dataset, numbers, o, device, out):
         loss.backward()
         optimiser.step()
         if step % 50 == 0 or step == T - 1:
-            x_i, x_j = x.detach().chunk(2)                                 # WLA's chance level: slices of other volumes
+            x_i, x_j = x.detach().chunk(2)                                 # WLA's chance level: slices of other pairs
             row = dict(GP=L_GP.item(), GP_chance=math.log(2 * o.pairs - 1), WLA=L_WLA.item(), U=L_U.item(),
                        WLA_strangers=local_alignment_loss(x_i, x_j.roll(1, 0), o.windows).item(),
                        random_pairs=random_pair_similarity(x).item())
@@ -261,7 +261,6 @@ def pretrain(dataset, numbers, o, device, out):
             common.save_training(state, METHOD, o.saved, step + 1, (unet, heads), optimiser)
     common.save_checkpoint(out / "pretrained.pt", method=METHOD, options=o.saved, unet=unet.state_dict(),
                            parts=["encoder"], heads=heads.state_dict())
-    return unet, heads
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
@@ -273,7 +272,7 @@ def finetune(name, dataset, numbers, classes, seed, o, device, out, start=None):
     unet = UNet(dataset.info["channels"], classes, o.width).to(device, memory_format=torch.channels_last)
     if start:
         common.load_weights(unet, start["unet"], start["parts"])
-    encoder_lr = o.encoder_lr if start and o.encoder_lr else o.lr
+    encoder_lr = o.encoder_lr if start else o.lr
     optimiser = torch.optim.AdamW([{"params": unet.encoder.parameters(), "peak": encoder_lr},
                                    {"params": [*unet.decoder.parameters(), *unet.head.parameters()], "peak": o.lr}],
                                   lr=o.lr, weight_decay=1e-4)
@@ -401,7 +400,7 @@ def draw_all(dataset, cases, split, o, device, out, pretrained, summary):
 
 # The phantom stays below 3 minutes on 2 cores; every number for real scans was chosen on ACDC's validation patients.
 PHANTOM = dict(seeds=[0], pretrain_steps=300, steps=120, spacing=2.5, size=64)
-REAL = dict(seeds=[0, 1, 2], pretrain_steps=3000, steps=600)
+REAL = dict(seeds=[0, 1, 2], pretrain_steps=8000, steps=600)
 
 
 def resolve(o, cases):

@@ -59,7 +59,7 @@ def test_pretrained_encoder_reaches_the_fine_tuned_network(finished, phantom, tm
     cases = data.find_cases(phantom)
     sal.resolve(o, cases)
     dataset = common.prepare(cases, o.spacing, o.size, o.cache)
-    start, o.lr = common.load_checkpoint(out / "pretrained.pt", "sal"), 0.
+    start, o.lr, o.encoder_lr = common.load_checkpoint(out / "pretrained.pt", "sal"), 0., 0.
     unet = sal.finetune("x", dataset, np.arange(10), 4, 0, o, torch.device("cpu"), tmp_path, start)
     scratch = sal.finetune("y", dataset, np.arange(10), 4, 0, o, torch.device("cpu"), tmp_path)
     for (k, v), s in zip(unet.named_parameters(), scratch.parameters()):
@@ -77,7 +77,7 @@ def test_the_same_command_gives_the_same_numbers(finished, phantom):
 
 
 @pytest.mark.parametrize("flags", [["--no-la"], ["--no-gp", "--no-uniformity"], ["--windows", "1", "--level", "2"],
-                                   ["--threshold", ".1", "--split", "val"], ["--precision", "bfloat16", "--encoder-lr", "1e-4"]])
+                                   ["--threshold", ".1", "--split", "val"], ["--precision", "bfloat16", "--encoder-lr", "1e-3"]])
 def test_options(flags, finished, phantom):
     done = run("sal.py", "--data", phantom, *TINY, "--seeds", 0, *flags, "--out", "o" + "".join(flags), cwd=finished[1])
     assert done.returncode == 0 and "gain over scratch" in done.stdout, done.stderr
