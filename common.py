@@ -336,6 +336,12 @@ def nanmean(values):
     return sum(values) / len(values) if values else math.nan
 
 
+def spread(values):
+    """Standard deviation (n - 1) of the values that are not nan; nan if there are fewer than two."""
+    values = [v for v in values if not math.isnan(v)]
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
 def run_row(method, labelled, seed, patients, rows):
     """One row of metrics.json from the rows of `score`."""
     classes = list(dict.fromkeys(r["class"] for r in rows))
@@ -357,26 +363,25 @@ def summarise(runs, baseline="scratch"):
         values = {**{k: [r["dice"][k] for r in same] for k in same[0]["dice"]},
                   **{k: [r[k] for r in same] for k in ("mean_dice", "hd95_mm", "assd_mm")}}
         for key, v in values.items():
-            row[key] = {"mean": nanmean(v), "std": float(np.nanstd(v, ddof=1)) if len(v) > 1 else 0.}
+            row[key] = {"mean": nanmean(v), "std": spread(v)}
         summary.append(row)
         base = {r["seed"]: r["mean_dice"] for r in runs if (r["method"], r["labelled"]) == (baseline, labelled)}
         diff = [r["mean_dice"] - base[r["seed"]] for r in same if method != baseline and r["seed"] in base]
         if diff:
-            gains.append({"method": method, "labelled": labelled, "gain": nanmean(diff), "per_seed": diff,
-                          "std": float(np.nanstd(diff, ddof=1)) if len(diff) > 1 else 0.})
+            gains.append({"method": method, "labelled": labelled, "gain": nanmean(diff), "per_seed": diff, "std": spread(diff)})
     return summary, gains
 
 
 def table(summary, gains, classes):
     """The summary as a Markdown table, one line a method and number of labelled patients; Dice in [0, 1], gain in points."""
-    cell = lambda v, form: f"{v['mean']:{form}} ± {v['std']:{form}}"
+    cell = lambda mean, std, form: f"{mean:{form}}" if math.isnan(std) else f"{mean:{form}} ± {std:{form.strip('+')}}"
     heads = ["labelled", "method", *classes[1:], "mean Dice", "HD95 mm", "ASSD mm", "missed", "gain"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for r in sorted(summary, key=lambda r: r["labelled"]):
-        gain = [f"{g['gain'] * 100:+.1f} ± {g['std'] * 100:.1f}" for g in gains
+        gain = [cell(100 * g["gain"], 100 * g["std"], "+.1f") for g in gains
                 if (g["method"], g["labelled"]) == (r["method"], r["labelled"])]
-        lines.append("| " + " | ".join([str(r["labelled"]), r["method"], *(cell(r[k], ".3f") for k in classes[1:]),
-                     cell(r["mean_dice"], ".3f"), cell(r["hd95_mm"], ".1f"), cell(r["assd_mm"], ".1f"),
+        lines.append("| " + " | ".join([str(r["labelled"]), r["method"], *(cell(*r[k].values(), ".3f") for k in classes[1:]),
+                     cell(*r["mean_dice"].values(), ".3f"), cell(*r["hd95_mm"].values(), ".1f"), cell(*r["assd_mm"].values(), ".1f"),
                      f"{r['missed']} of {r['n_scores']}", *(gain or [""])]) + " |")
     return "\n".join(lines)
 
@@ -463,6 +468,9 @@ def start_run(out, options, resume):
                 raise DataError(f"{path}: run made with {key} = {old[key]}, now {options[key]}; "
                                 "resume with the same options or give another --out")
     write_atomic(path, json.dumps(options, indent=1))
+    if (out / "log.jsonl").exists() and not (out / "log.jsonl").read_bytes().endswith(b"\n"):
+        with open(out / "log.jsonl", "a") as file:
+            file.write("\n")                                               # the last line was cut by a kill
     return out
 
 
@@ -475,14 +483,27 @@ def log(out, **row):
         raise DataError(f"{out}/log.jsonl: cannot be written ({error.strerror}); free space, then --resume") from None
 
 
-def write_results(out, runs, volume_rows, seconds, classes):
+def seconds_by_phase(out):
+    """{phase: seconds} from the lines of log.jsonl that have seconds, those before a kill included."""
+    seconds = {}
+    for line in (Path(out) / "log.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:                                                 # cut by a kill
+            continue
+        if "seconds" in row:
+            seconds[row["phase"]] = row["seconds"]
+    return seconds
+
+
+def write_results(out, runs, volume_rows, classes):
     """metrics.json and per_volume.csv from all finished runs; returns (summary, gains)."""
     summary, gains = summarise(runs)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Linux" else 1024 ** 2)
     tidy = lambda x: ({k: tidy(v) for k, v in x.items()} if isinstance(x, dict) else [tidy(v) for v in x]
                       if isinstance(x, list) else None if isinstance(x, float) and math.isnan(x) else x)
     write_atomic(Path(out) / "metrics.json", json.dumps(tidy({
-        "rule": RULE, "classes": classes, "rows": runs, "summary": summary, "gains": gains, "seconds": seconds,
+        "rule": RULE, "classes": classes, "rows": runs, "summary": summary, "gains": gains, "seconds": seconds_by_phase(out),
         "peak_memory_mb": round(memory), "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                                       "numpy": np.__version__}}), indent=1))
     text = io.StringIO()

@@ -225,6 +225,7 @@ def pair_batch(dataset, numbers, o, device):
 
 def pretrain(dataset, numbers, o, device, out):
     """Train encoder and heads on the slices `numbers` without labels; writes pretrained.pt."""
+    begin = time.time()
     torch.manual_seed(1000)
     unet = UNet(dataset.info["channels"], 2, o.width).to(device, memory_format=torch.channels_last)
     heads = Heads(unet.encoder.widths, o.level).to(device)
@@ -261,6 +262,7 @@ def pretrain(dataset, numbers, o, device, out):
             common.save_training(state, METHOD, o.saved, step + 1, (unet, heads), optimiser)
     common.save_checkpoint(out / "pretrained.pt", method=METHOD, options=o.saved, unet=unet.state_dict(),
                            parts=["encoder"], heads=heads.state_dict())
+    common.log(out, phase="pretrain", seconds=time.time() - begin)
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
@@ -321,7 +323,7 @@ def run_one(method, n, seed, dataset, cases, split, o, device, out, start):
         rows = common.score(unet, dataset, cases, split[o.split], device, o.dtype)
         common.save_checkpoint(path, method=METHOD, options=o.saved, unet=unet.state_dict(), rows=rows, classes=cases.classes,
                                channels=cases.channels, modality=cases.modality)
-        common.log(out, phase=name, seconds_training=trained - begin, seconds_scoring=time.time() - trained)
+        common.log(out, phase=name, seconds=time.time() - begin, seconds_scoring=time.time() - trained)
     run = common.run_row(method, n, seed, patients, rows)
     print(f"{name:20} mean Dice {run['mean_dice']:.3f}  HD95 {run['hd95_mm']:.1f} mm  missed {run['missed']} of {run['n_scores']}")
     return run, [{"method": method, "labelled": n, "seed": seed, **r} for r in rows]
@@ -487,10 +489,8 @@ def main(arguments=None):
     if max(o.labelled) > len(split["labelled"]):
         raise DataError(f"--labelled {max(o.labelled)}: only {len(split['labelled'])} training patients have labels")
     start = common.load_checkpoint(o.init) if o.init else None
-    out = common.start_run(o.out, o.saved, o.resume)
-    begin = time.time()
     dataset = common.prepare(cases, o.spacing, o.size, o.cache)
-    seconds = {"prepare": time.time() - begin}
+    out = common.start_run(o.out, o.saved, o.resume)
     numbers = dataset.of_patients(split["train"])
     print(f"{root}: {cases.layout}, {len(cases)} volumes, {len(dataset.volume)} slices, classes {', '.join(cases.classes)}")
     print("\n".join(f"warning: {w}" for w in cases.warnings) + "\n" * bool(cases.warnings) +
@@ -499,25 +499,22 @@ def main(arguments=None):
     n_scored = sum(c.patient in split[o.split] for c in cases)
     print(f"options {o.saved}\non {device}, {torch.get_num_threads()} threads: expect about "
           f"{expected_seconds(dataset, cases, o, device, n_scored) / 60:.0f} min")
-    begin = time.time()
     if not start and o.resume and (out / "pretrained.pt").exists():
         start = common.load_checkpoint(out / "pretrained.pt", METHOD, o.saved)
     elif not start:
         pretrain(dataset, numbers, o, device, out)
         start = common.load_checkpoint(out / "pretrained.pt")
-    seconds["pretrain"] = time.time() - begin
     runs, volume_rows = [], []
     for n in o.labelled:
         for seed in o.seeds:
             for method in ("scratch", METHOD):
-                begin = time.time()
                 run, rows = run_one(method, n, seed, dataset, cases, split, o, device, out, start)
                 runs.append(run), volume_rows.extend(rows)
-                seconds[f"{method}_n{n}_s{seed}"] = time.time() - begin
-                summary, gains = common.write_results(out, runs, volume_rows, seconds, cases.classes)
+                summary, gains = common.write_results(out, runs, volume_rows, cases.classes)
     draw_all(dataset, cases, split, o, device, out, start, summary)
     print(f"\n{common.table(summary, gains, cases.classes)}\n{common.RULE}.\n{len(split[o.split])} {o.split} patients, mean ± std "
-          f"over {len(o.seeds)} seeds; gain over scratch in Dice points. {sum(seconds.values()):.0f} s. Results in {out}/")
+          f"over {len(o.seeds)} seeds; gain over scratch in Dice points; "
+          f"{sum(common.seconds_by_phase(out).values()):.0f} s. Results in {out}/")
 
 
 if __name__ == "__main__":

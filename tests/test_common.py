@@ -123,6 +123,8 @@ def test_run_row_and_summary_by_hand():
     assert gains[0]["std"] == pytest.approx(np.std([.10, -.05], ddof=1))
     assert summary[1]["mean_dice"] == pytest.approx({"mean": .675, "std": np.std([.75, .6], ddof=1)})
     text = common.table(summary, gains, ["background", "RV", "LV"])
+    one = common.table(*common.summarise(runs[:2]), ["background", "RV", "LV"])
+    assert "| +10.0 |" in one and "±" not in one                                  # one seed has no spread
     assert "+2.5 ± 10.6" in text and "2 of 6" in text and len({line.count("|") for line in text.splitlines()}) == 1
 
 
@@ -276,5 +278,7 @@ def test_training_state_continues_bit_for_bit(tmp_path):
 
 def test_metrics_json_has_no_nan(tmp_path):
     run = common.run_row("scratch", 1, 0, ["p"], [row("a", "RV", math.nan, math.nan)])
-    common.write_results(tmp_path, [run], [], {}, ["background", "RV"])
+    (tmp_path / "log.jsonl").write_text('{"phase": "pretrain", "seconds": 3}\n{"phase": "x", "sec{"phase": "y", "seconds": 1}\\n{"phase": "z", "se')      # a line cut by a kill
+    common.write_results(tmp_path, [run], [], ["background", "RV"])
+    assert common.seconds_by_phase(tmp_path) == {"pretrain": 3}
     assert json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda c: pytest.fail(c))["rows"][0]["mean_dice"] is None
