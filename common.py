@@ -69,12 +69,19 @@ class UNet(nn.Module):
         return self.head(self.decoder(self.encoder(x)))
 
 
-def load_weights(unet, state, parts=("encoder", "decoder")):
-    """Copy the entries of `state` that belong to `parts` of the U-Net; returns (names taken, names left fresh)."""
+def load_weights(unet, state, parts):
+    """Copy what lies below `parts` (as "encoder" or "decoder.blocks.0") from `state`; returns (names taken, names fresh).
+
+    Raises DataError where a tensor is missing in `state` or has another shape.
+    """
     own = unet.state_dict()
-    taken = {k: v for k, v in state.items() if k.split(".")[0] in parts and k in own and own[k].shape == v.shape}
-    unet.load_state_dict({**own, **taken})
-    return sorted(taken), sorted(own.keys() - taken.keys())
+    taken = sorted(k for k in own if any(k.startswith(p + ".") for p in parts))
+    for k in taken:
+        if k not in state or state[k].shape != own[k].shape:
+            raise DataError(f"weights do not fit: {k} is {tuple(own[k].shape)} here and "
+                            f"{tuple(state[k].shape) if k in state else 'missing'} there; use the same --width and channels")
+    unet.load_state_dict({**own, **{k: state[k] for k in taken}})
+    return taken, sorted(own.keys() - set(taken))
 
 
 # ------------------------------------------------------------------------------------------------ Dice and distances

@@ -42,8 +42,8 @@ from tqdm import trange
 
 import common
 from common import UNet, photometric, spatial_grid, warp
-from data import (PHANTOM_VERSION, Cases, DataError, channel_files, default_grid, find_cases, make_phantom, normalise, read_image, split_patients,
-                  stem, write_nifti)
+from data import (PHANTOM_VERSION, Cases, DataError, channel_files, default_grid, find_cases, make_phantom, normalise,
+                  read_image, split_patients, stem, write_nifti)
 
 METHOD = "sal"
 
@@ -433,6 +433,16 @@ def resolve(o, cases):
     o.saved = {k: v for k, v in vars(o).items() if k not in aside}
 
 
+def load_start(o, cases):
+    """--init: the weights of a pretrained.pt of any method, once they are known to fit."""
+    start = common.load_checkpoint(o.init)
+    if "parts" not in start:
+        raise DataError(f"{o.init}: holds no weights to start from; give a pretrained.pt")
+    taken, fresh = common.load_weights(UNet(cases.channels, len(cases.classes), o.width), start["unet"], start["parts"])
+    print(f"{o.init}: {start['method']} gives {len(taken)} tensors ({', '.join(start['parts'])}), {len(fresh)} start fresh")
+    return start
+
+
 def expected_seconds(dataset, cases, o, device, n_scored):
     """A guess of the whole run's seconds, from three timed steps of the U-Net."""
     unet = UNet(cases.channels, len(cases.classes), o.width).to(device, memory_format=torch.channels_last)
@@ -444,8 +454,8 @@ def expected_seconds(dataset, cases, o, device, n_scored):
             y = unet(x)
         y.float().mean().backward()
     step, fits = (time.time() - begin) / 3, 2 * len(o.labelled) * len(o.seeds)
-    # a step of pre-training runs the encoder alone (about half) on 2B views; augmentation adds a fifth; a volume takes 0.3 s
-    return 1.2 * step * (o.pretrain_steps * o.pairs / o.batch * (not o.init) + fits * o.steps) + fits * n_scored * .3
+    # as measured: pre-training, the encoder alone on 2B views, 0.85 of this step; fine-tuning 1.25 of it; 0.3 s a volume
+    return step * (.85 * o.pretrain_steps * o.pairs / o.batch * (not o.init) + 1.25 * fits * o.steps) + fits * n_scored * .3
 
 
 def predict_files(o, device):
@@ -488,7 +498,7 @@ def main(arguments=None):
     split = split_patients(cases)
     if max(o.labelled) > len(split["labelled"]):
         raise DataError(f"--labelled {max(o.labelled)}: only {len(split['labelled'])} training patients have labels")
-    start = common.load_checkpoint(o.init) if o.init else None
+    start = load_start(o, cases) if o.init else None
     dataset = common.prepare(cases, o.spacing, o.size, o.cache)
     out = common.start_run(o.out, o.saved, o.resume)
     numbers = dataset.of_patients(split["train"])

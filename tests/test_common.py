@@ -37,6 +37,10 @@ def test_load_weights_takes_only_the_named_parts():
     assert all(k.startswith("encoder") for k in taken) and not any(k.startswith("encoder") for k in fresh)
     for k, v in two.state_dict().items():
         assert torch.equal(v, one.state_dict()[k] if k in taken else before[k])
+    part = common.load_weights(two, one.state_dict(), ["decoder.blocks.0"])[0]
+    assert part and all(k.startswith("decoder.blocks.0.") for k in part)
+    with pytest.raises(data.DataError, match=r"encoder.blocks.0.0.weight is \(8, 1, 3, 3\) here and \(4, 1, 3, 3\)"):
+        common.load_weights(UNet(1, 2, 8), one.state_dict(), ["encoder"])
 
 
 # ------------------------------------------------------------------------------------------------ Dice and distances

@@ -143,7 +143,7 @@ def test_init_from_another_methods_weights(finished, phantom):
     del content["heads"]
     common.save_checkpoint(work / "macl.pt", **{**content, "method": "macl", "parts": ["encoder", "decoder"]})
     done = run("sal.py", "--data", phantom, *TINY, "--seeds", 0, "--init", work / "macl.pt", "--out", "init", cwd=work)
-    assert done.returncode == 0 and not (work / "init/pretrained.pt").exists(), done.stderr
+    assert done.returncode == 0 and not (work / "init/pretrained.pt").exists() and "macl gives" in done.stdout, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -164,6 +164,8 @@ def test_bad_options_and_paths(finished, phantom, tmp_path):
     refused(go("--no-la", "--no-gp"), "nothing is left")
     refused(go("--device", "cuda:7") if not torch.cuda.is_available() else go("--device", "mps"), "not available")
     refused(go("--init", out / "options.json"), "options.json", "not a checkpoint")
+    refused(go("--init", out / "sal_n1_s0.pt"), "no weights to start from")
+    refused(go("--init", out / "pretrained.pt", "--width", 8), "weights do not fit", "--width")
     refused(run("sal.py", "--predict", "x.nii"), "--checkpoint")
     refused(run("sal.py", "--predict", tmp_path / "no.nii", "--checkpoint", out / "sal_n1_s0.pt", "--out", tmp_path / "p"), "no.nii")
     refused(run("sal.py", "--predict", "x.nii", "--checkpoint", out / "pretrained.pt"), "no segmentation head")
