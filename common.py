@@ -180,7 +180,8 @@ def to_native(probs, shape, spacing, target):
     """Class probabilities [V, K, S, S] back on the native grid: label [V, H, W]; outside the crop is background."""
     resampled = _resampled(shape, spacing, target)
     rest, background = _place(probs[:, 1:], resampled), _place(probs[:, :1], resampled, 1.)
-    return F.interpolate(torch.cat([background, rest], 1), tuple(shape[-2:]), mode="bilinear").argmax(1)    # [V, H, W]
+    placed = torch.cat([background, rest], 1)                              # [V, K, resampled rows, columns]
+    return torch.cat([F.interpolate(p, tuple(shape[-2:]), mode="bilinear").argmax(1) for p in placed.split(8)])   # [V, H, W]
 
 
 # ------------------------------------------------------------------------------------------------ prepared slices
