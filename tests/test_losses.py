@@ -158,24 +158,25 @@ def test_la_alone_collapses_and_uniformity_prevents_it():
 
 
 def test_which_pair_enters_which_loss():
-    # views of volume 0: slices 2, 2, 3, 9 of 10; volume 1: slice 5 of 20 (position .3, as slice 2) and slice 18 (.95)
-    volume, number, depth = [0, 0, 0, 0, 1, 1], [2, 2, 3, 9, 5, 18], [10, 10, 10, 10, 20, 20]
+    # views of volume 0: slices 2, 2, 3, 9 of 10; volume 1: slices 5 (position .3, as slice 2 of 10), 18 (.95), 2 (.15) of 20
+    volume, number, depth = [0, 0, 0, 0, 1, 1, 1], [2, 2, 3, 9, 5, 18, 2], [10, 10, 10, 10, 20, 20, 20]
     kinds = pair_kinds(volume, number, depth, .35)
-    want = [[0, 1, 2, 4, 3, 4],
-            [1, 0, 2, 4, 3, 4],
-            [2, 2, 0, 4, 3, 4],
-            [4, 4, 4, 0, 4, 3],
-            [3, 3, 3, 4, 0, 4],
-            [4, 4, 4, 3, 4, 0]]
+    want = [[0, 1, 2, 4, 3, 4, 3],
+            [1, 0, 2, 4, 3, 4, 3],
+            [2, 2, 0, 4, 3, 4, 3],
+            [4, 4, 4, 0, 4, 3, 4],
+            [3, 3, 3, 4, 0, 4, 2],
+            [4, 4, 4, 3, 4, 0, 4],
+            [3, 3, 3, 4, 2, 4, 0]]
     assert kinds.tolist() == want
     position = (torch.tensor(number) + 1) / torch.tensor(depth)
-    # GP: the gradient of an anchor's loss attracts exactly kinds 1 to 3. Probe: positives raise log p, so compare P sets
-    positives = ((position[:, None] - position[None]).abs() < .35) & ~torch.eye(6, dtype=torch.bool)
+    # GP attracts exactly kinds 1 to 3: the loss written with the kinds is the loss
+    positives = ((position[:, None] - position[None]).abs() < .35) & ~torch.eye(7, dtype=torch.bool)
     assert torch.equal(positives, (kinds >= 1) & (kinds <= 3))
-    z = torch.randn(6, 4)
+    z = torch.randn(7, 4)
     by_kind = []
-    for a in range(6):
-        others = [b for b in range(6) if b != a]
+    for a in range(7):
+        others = [b for b in range(7) if b != a]
         sim = torch.cosine_similarity(z[a][None], z, dim=1) / .1
         by_kind.append(-torch.stack([sim[p] - sim[others].logsumexp(0) for p in others if kinds[a, p] in (1, 2, 3)]).mean())
     assert global_positional_loss(z, position, .35, .1).item() == pytest.approx(torch.stack(by_kind).mean().item(), abs=1e-5)
