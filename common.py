@@ -12,7 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DataError, normalise, read_case, read_label
+from data import (PHANTOM_VERSION, Cases, DataError, channel_files, default_grid, find_cases, make_phantom, normalise, read_case,
+                  read_image, read_label, split_patients, stem, write_nifti)   # a method script imports common alone
 
 # ------------------------------------------------------------------------------------------------ U-Net
 
