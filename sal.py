@@ -88,7 +88,7 @@ def parse_options(arguments=None):
     pre.add_argument("--no-uniformity", action="store_true", help="ablation: the paper's LA without our repulsion; collapses")
     fine = p.add_argument_group("fine-tuning, the same for scratch")
     fine.add_argument("--steps", type=int, help="optimiser steps (PCL: 100 epochs)")
-    fine.add_argument("--batch", type=int, default=16, help="slices a step (PCL: 10)")
+    fine.add_argument("--batch", type=int, default=8, help="slices a step (PCL: 10)")
     fine.add_argument("--lr", type=float, default=2e-3, help="AdamW, cosine to 0 (PCL: Adam 5e-5 to 5e-6)")
     fine.add_argument("--encoder-lr", type=float, default=1e-4, help="the same for a pre-trained encoder; scratch uses --lr")
     fine.add_argument("--rotation", type=float, default=.5, help="largest rotation in rad")
@@ -401,8 +401,8 @@ def draw_all(dataset, cases, split, o, device, out, pretrained, summary):
 # ------------------------------------------------------------------------------------------------ main
 
 # The phantom stays below 3 minutes on 2 cores; every number for real scans was chosen on ACDC's validation patients.
-PHANTOM = dict(seeds=[0], pretrain_steps=300, steps=120, spacing=2.5, size=64)
-REAL = dict(seeds=[0, 1, 2], pretrain_steps=8000, steps=600)
+PHANTOM = dict(seeds=[0], pretrain_steps=300, steps=240, spacing=2.5, size=64)
+REAL = dict(seeds=[0, 1, 2], pretrain_steps=8000, steps=1200)
 
 
 def resolve(o, cases):
