@@ -389,9 +389,10 @@ def table(summary, gains, classes):
     for r in sorted(summary, key=lambda r: r["labelled"]):
         gain = [cell(100 * g["gain"], 100 * g["std"], "+.1f") for g in gains
                 if (g["method"], g["labelled"]) == (r["method"], r["labelled"])]
-        lines.append("| " + " | ".join([str(r["labelled"]), r["method"], *(cell(*r[k].values(), ".3f") for k in classes[1:]),
-                     cell(*r["mean_dice"].values(), ".3f"), cell(*r["hd95_mm"].values(), ".1f"), cell(*r["assd_mm"].values(), ".1f"),
-                     f"{r['missed']} of {r['n_scores']}", *(gain or [""])]) + " |")
+        dice = [cell(*r[k].values(), ".3f") for k in (*classes[1:], "mean_dice")]
+        distances = [cell(*r[k].values(), ".1f") for k in ("hd95_mm", "assd_mm")]
+        missed = f"{r['missed']} of {r['n_scores']}"
+        lines.append("| " + " | ".join([str(r["labelled"]), r["method"], *dice, *distances, missed, *(gain or [""])]) + " |")
     return "\n".join(lines)
 
 
@@ -516,7 +517,7 @@ def write_results(out, runs, volume_rows, classes):
         "peak_memory_mb": round(memory), "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                                       "numpy": np.__version__}}), indent=1))
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["method", "labelled", "seed", "case", "patient", "class", "dice", "hd95_mm", "assd_mm", "missed"])
+    writer = csv.DictWriter(text, list(volume_rows[0]) if volume_rows else [])
     writer.writeheader()
     writer.writerows(volume_rows)
     write_atomic(Path(out) / "per_volume.csv", text.getvalue())
@@ -550,7 +551,8 @@ def show(axis, image, label=None, classes=4, title=None):
     """A slice [S, S] in grey, with its label [S, S] over it in colour."""
     axis.imshow(image, cmap="gray", vmin=0, vmax=1)
     if label is not None:
-        axis.imshow(np.ma.masked_less(label, 1), cmap="viridis", alpha=.5, vmin=1, vmax=max(2, classes - 1), interpolation="nearest")
+        axis.imshow(np.ma.masked_less(label, 1), cmap="viridis", alpha=.5, vmin=1, vmax=max(2, classes - 1),
+                    interpolation="nearest")
     if title:
         axis.set_title(title, fontsize=8)
 

@@ -97,7 +97,7 @@ def _acdc(root):
     folders = sorted(f.parent for pattern in ("", "*/", "*/*/") for f in root.glob(pattern + "patient*/Info.cfg"))
     cases, warnings = [], []
     for folder in folders:
-        info = dict(line.split(":", 1) for line in (folder / "Info.cfg").read_text().splitlines() if ":" in line)
+        info = dict(line.split(":", 1) for line in (folder / "Info.cfg").read_text(errors="replace").splitlines() if ":" in line)
         info = {k.strip(): v.strip() for k, v in info.items()}
         if not all(info.get(k, "").isdigit() for k in ("ED", "ES")):
             raise DataError(f"{folder / 'Info.cfg'}: no whole number for ED and ES; download the file again")
@@ -194,15 +194,15 @@ def _plain(root):
     if values - {0} and max(values) > 8 and all(any(lo <= v <= hi for lo, hi in CHAOS.values()) for v in values):
         return Cases(cases, root, "CHAOS-NIfTI", CHAOS, CHAOS.values(), warnings=warnings)
     if values and sorted(values | {0}) != list(range(max(values) + 1)):
-        raise DataError(f"{root / 'labels'}: label values {sorted(values)} are not consecutive; renumber them 0, 1, 2, ... or "
-                        "add a dataset.json that names them")
+        raise DataError(f"{root / 'labels'}: label values {sorted(values)} are not consecutive; renumber them 0, 1, 2, ...")
     names = ["background"] + [f"class {k}" for k in range(1, max(values, default=1) + 1)]
     return Cases(cases, root, "plain", names, warnings=warnings)
 
 
 def find_cases(path):
-    """The scans below a folder, as `Cases` (a list of `Case` with layout, class names and warnings); reads no image.
+    """The scans below a folder, as `Cases` (a list of `Case` with layout, class names and warnings).
 
+    Reads no image; of the plain layout it reads the labels, for their values.
     Layouts: ACDC, MSD, nnU-Net v2, TransUNet npz, raw BTCV, MMWHS, HVSMR 2016, plain, CHAOS-NIfTI (see README, "Data").
     Raises DataError where the path is missing, is no folder, is empty, or is of no known layout.
     """
@@ -226,7 +226,8 @@ def _load(path, header_only=False):
     try:
         image = nib.load(path)
         return None if header_only else np.ascontiguousarray(image.dataobj), image     # nibabel's are Fortran-ordered
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, EOFError, OSError, ValueError,
+            zlib.error) as error:
         raise DataError(f"{path}: not a readable NIfTI file ({type(error).__name__}: {str(error)[:80]}); "
                         "download it again or remove it") from None
 

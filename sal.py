@@ -19,9 +19,9 @@ Paper, code, and what we chose. [paper]: stated there; [PCL]: Zeng et al., MICCA
  5. Total: L_GP + lambda L_WLA; lambda = 1 [ours].
  6. LA has no repulsion and is won by features that teach nothing. Measured on ACDC: as we read it, WLA falls to 0.004 in 50 steps
     and random pairs of pixels reach similarity 0.98 (`--no-uniformity`). Batch-normalised E: 0.001 in 100 steps with random pairs
-    at 0, so a code, not one vector. Whitened E: 0.016, slices of *other* volumes 0.037, so a code of the place, read off the zero padding. With
-    L_U, which repels pixels that are no match (see `uniformity_loss`), neighbours reach 0.15 and other volumes stay at 0.73. The
-    log prints WLA beside this WLA between strangers, its chance level [ours].
+    at 0, so a code, not one vector. Whitened E: 0.016, slices of *other* volumes 0.037, so a code of the place, read off the zero
+    padding. With L_U, which repels pixels that are no match (see `uniformity_loss`), neighbours reach 0.15 and other volumes stay
+    at 0.73. The log prints WLA beside this WLA between strangers, its chance level [ours].
  7. Pairs: slice i at random, j at random with |i-j| / V < t, j = i allowed, so that all four kinds of Fig. 1 occur. The two are
     moved by the same transform, or there would be no place to align, and get intensities of their own [ours].
  8. Pre-training by AdamW 1e-3 with a cosine (PCL: SGD 0.1); fine-tuning by cross-entropy + Dice, AdamW, the encoder slower than
@@ -325,7 +325,8 @@ def run_one(method, n, seed, dataset, cases, split, o, device, out, start):
                                channels=cases.channels, modality=cases.modality)
         common.log(out, phase=name, seconds=time.time() - begin, seconds_scoring=time.time() - trained)
     run = common.run_row(method, n, seed, patients, rows)
-    print(f"{name:20} mean Dice {run['mean_dice']:.3f}  HD95 {run['hd95_mm']:.1f} mm  missed {run['missed']} of {run['n_scores']}")
+    print(f"{name:20} mean Dice {run['mean_dice']:.3f}  HD95 {run['hd95_mm']:.1f} mm  missed {run['missed']} of "
+          f"{run['n_scores']}")
     return run, [{"method": method, "labelled": n, "seed": seed, **r} for r in rows]
 
 
@@ -444,16 +445,16 @@ def load_start(o, cases):
 
 
 def expected_seconds(dataset, cases, o, device, n_scored):
-    """A guess of the whole run's seconds, from three timed steps of the U-Net."""
+    """A guess of the whole run's seconds, from five timed steps of the U-Net."""
     unet = UNet(cases.channels, len(cases.classes), o.width).to(device, memory_format=torch.channels_last)
     x = torch.rand(o.batch, cases.channels, o.size, o.size, device=device).contiguous(memory_format=torch.channels_last)
-    for n in range(4):
-        if n == 1:
-            begin = time.time()                                            # the first step warms up
+    for n in range(9):
+        if n == 4:
+            begin = time.time()                                            # the first steps warm up
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
             y = unet(x)
         y.float().mean().backward()
-    step, fits = (time.time() - begin) / 3, 2 * len(o.labelled) * len(o.seeds)
+    step, fits = (time.time() - begin) / 5, 2 * len(o.labelled) * len(o.seeds)
     # as measured: pre-training, the encoder alone on 2B views, 0.85 of this step; fine-tuning 1.25 of it; 0.3 s a volume
     return step * (.85 * o.pretrain_steps * o.pairs / o.batch * (not o.init) + 1.25 * fits * o.steps) + fits * n_scored * .3
 
@@ -482,7 +483,8 @@ def predict_files(o, device):
         x = common.to_network(x, spacing, made["spacing"], made["size"]).to(device)          # [V, C, S, S]
         label = common.predict(unet, x, image.shape[1:], spacing, made["spacing"]).cpu().numpy()
         write_nifti(out / f"{stem(file)}.nii.gz", label, file)
-        print(f"{out / stem(file)}.nii.gz: " + ", ".join(f"{n} {int((label == k).sum())} voxels" for k, n in enumerate(classes) if k))
+        voxels = ", ".join(f"{n} {int((label == k).sum())} voxels" for k, n in enumerate(classes) if k)
+        print(f"{out / stem(file)}.nii.gz: {voxels}")
 
 
 def main(arguments=None):
