@@ -62,7 +62,8 @@ def parse_options(arguments=None):
     run.add_argument("--split", choices=["test", "val"], default="test", help="patients to score; choose options on val")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
     run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints for --resume")
-    run.add_argument("--init", help="skip pre-training: start from this pretrained.pt, of any method")
+    run.add_argument("--init", help="skip pre-training: start from this pretrained.pt, of any method (the rows "
+                     "are still named sal)")
     run.add_argument("--predict", nargs="+", metavar="IMAGE", help="segment these NIfTI files with --checkpoint into --out")
     run.add_argument("--checkpoint", help="a fine-tuned network, for --predict")
     run.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -298,9 +299,9 @@ def finetune(name, dataset, numbers, classes, seed, o, device, out, start=None):
         loss.backward()
         optimiser.step()
         if step % 50 == 0 or step == o.steps - 1:
-            row = dict(cross_entropy=ce.item(), dice_loss=dice.item())
+            row = dict(cross_entropy=ce.item(), cross_entropy_chance=math.log(classes), dice_loss=dice.item())
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()})
-            common.log(out, phase=name, step=step, cross_entropy_chance=math.log(classes), **row)
+            common.log(out, phase=name, step=step, **row)
         if (step + 1) % o.save_every == 0:
             common.save_training(state, METHOD, o.saved, step + 1, (unet,), optimiser, run=name)
     return unet
