@@ -458,13 +458,18 @@ def resume_training(path, method, options, modules, optimiser):
     return state["step"]
 
 
+def make_folder(path):
+    """Make a folder for results, with those above it; returns it. Raises DataError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be made ({error.strerror}); give another --out") from None
+    return path
+
+
 def start_run(out, options, resume):
     """Make the folder of a run and write options.json. A folder that holds a run is left alone unless `resume`."""
-    out = Path(out)
-    try:
-        (out / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be made ({error.strerror}); give another --out") from None
+    out = make_folder(Path(out) / "figures").parent
     path = out / "options.json"
     if path.exists() and not resume:
         raise DataError(f"{out}: holds a run already; add --resume to go on with it, or give another --out")

@@ -158,7 +158,7 @@ def uniformity_loss(x, volume, places=16, sharpness=4.):
     same = torch.as_tensor(volume, device=x.device)[:, None].expand(n, places).flatten() * places + torch.arange(
         places, device=x.device).repeat(n)                                                    # [n places] volume and place
     with torch.autocast(x.device.type, enabled=False):
-        S = (sharpness * X @ X.T)[same[:, None] != same[None]]                                # the pairs that repel
+        S = (sharpness * X @ X.T)[same[:, None] != same[None]]                                # [pairs that repel]
     return S.logsumexp(0) - math.log(len(S))
 
 
@@ -457,8 +457,8 @@ def expected_seconds(dataset, cases, o, device, n_scored):
             y = unet(x)
         y.float().mean().backward()
     step, fits = (time.time() - begin) / 5, 2 * len(o.labelled) * len(o.seeds)
-    # as measured: pre-training, the encoder alone on 2B views, 0.85 of this step; fine-tuning 1.25 of it; 0.3 s a volume
-    return step * (.85 * o.pretrain_steps * o.pairs / o.batch * (not o.init) + 1.25 * fits * o.steps) + fits * n_scored * .3
+    # as measured: pre-training, the encoder alone on 2B views, 0.85 of this step; fine-tuning 1.25 of it; 0.12 s a volume
+    return step * (.85 * o.pretrain_steps * o.pairs / o.batch * (not o.init) + 1.25 * fits * o.steps) + fits * n_scored * .12
 
 
 def predict_files(o, device):
@@ -473,11 +473,7 @@ def predict_files(o, device):
     unet.load_state_dict(content["unet"])
     if len({stem(f) for f in o.predict}) < len(o.predict):
         raise DataError("--predict: two images have the same name; segment them in two runs with different --out")
-    out = Path(o.out) / "predictions"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be made ({error.strerror}); give another --out") from None
+    out = common.make_folder(Path(o.out) / "predictions")
     like = Cases([], ".", "plain", classes, modality=content["modality"], channels=content["channels"])
     for file in map(Path, o.predict):
         image, spacing = read_image(channel_files(file, like.channels), like)                # [C, V, H, W]
