@@ -3,7 +3,7 @@
 Letters: B batch, C channels, K classes, V slices of a volume, N slices of a dataset, H, W native size, S network size.
 The lesson of each paper is in its own script; files and layouts are in data.py.
 """
-import csv, hashlib, io, json, math, os, platform, resource, shutil
+import csv, hashlib, io, json, math, os, platform, resource, shutil, time
 from pathlib import Path
 
 import numpy as np
@@ -442,6 +442,16 @@ def load_checkpoint(path, method=None, options=None):
     return content
 
 
+def load_start(path, unet):
+    """--init: the content of a pretrained.pt of any method, once its weights are known to fit `unet`. Raises DataError."""
+    start = load_checkpoint(path)
+    if "parts" not in start:
+        raise DataError(f"{path}: holds no weights to start from; give a pretrained.pt")
+    taken, fresh = load_weights(unet, start["unet"], start["parts"])
+    print(f"{path}: {start['method']} gives {len(taken)} tensors ({', '.join(start['parts'])}), {len(fresh)} start fresh")
+    return start
+
+
 def save_training(path, method, options, step, modules, optimiser, **extra):
     """A training loop's whole state: weights, optimiser, step, random state (schedules are functions of the step)."""
     save_checkpoint(path, method=method, options=options, step=step, modules=[m.state_dict() for m in modules],
@@ -511,6 +521,18 @@ def seconds_by_phase(out):
     return seconds
 
 
+def step_seconds(net, x, precision):
+    """Seconds of one forward and backward of `net` on images x [B, C, S, S], the mean of five."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    for n in range(9):
+        if n == 4:
+            begin = time.time()                                            # the first steps warm up
+        with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
+            y = net(x)
+        y.float().mean().backward()
+    return (time.time() - begin) / 5
+
+
 def write_results(out, runs, volume_rows, classes):
     """metrics.json and per_volume.csv from all finished runs; returns (summary, gains)."""
     summary, gains = summarise(runs)
@@ -527,6 +549,31 @@ def write_results(out, runs, volume_rows, classes):
     writer.writerows(volume_rows)
     write_atomic(Path(out) / "per_volume.csv", text.getvalue())
     return summary, gains
+
+
+def predict_files(o, device, method, build):
+    """--predict: segment the NIfTI files o.predict with o.checkpoint, into o.out/predictions, on each file's own grid.
+
+    build(content of the checkpoint) -> the network with its weights. Raises DataError.
+    """
+    if not o.checkpoint:
+        raise DataError(f"--predict: needs --checkpoint, a fine-tuned network such as runs/{method}/{method}_n7_s0.pt")
+    content = load_checkpoint(o.checkpoint, method)
+    if "classes" not in content:
+        raise DataError(f"{o.checkpoint}: holds no segmentation head; give a fine-tuned network such as {method}_n7_s0.pt")
+    made, classes, unet = content["options"], content["classes"], build(content).to(device)
+    if len({stem(f) for f in o.predict}) < len(o.predict):
+        raise DataError("--predict: two images have the same name; segment them in two runs with different --out")
+    out = make_folder(Path(o.out) / "predictions")
+    like = Cases([], ".", "plain", classes, modality=content["modality"], channels=content["channels"])
+    for file in map(Path, o.predict):
+        image, spacing = read_image(channel_files(file, like.channels), like)                # [C, V, H, W]
+        x = torch.from_numpy(normalise(image, like.modality)).movedim(1, 0)                  # [V, C, H, W]
+        x = to_network(x, spacing, made["spacing"], made["size"]).to(device)                 # [V, C, S, S]
+        label = predict(unet, x, image.shape[1:], spacing, made["spacing"]).cpu().numpy()    # [V, H, W]
+        write_nifti(out / f"{stem(file)}.nii.gz", label, file)
+        voxels = ", ".join(f"{n} {int((label == k).sum())} voxels" for k, n in enumerate(classes) if k)
+        print(f"{out / stem(file)}.nii.gz: {voxels}")
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -560,6 +607,22 @@ def show(axis, image, label=None, classes=4, title=None):
                     interpolation="nearest")
     if title:
         axis.set_title(title, fontsize=8)
+
+
+def draw_overlays(dataset, cases, patients, nets, device, path):
+    """Image, truth and the labels of each network of nets {title: network in eval mode} on the middle slices of the patients."""
+    figure, axes = new_figure(len(patients), 2 + len(nets))
+    for row, patient in zip(axes, patients):
+        numbers = dataset.of_patients([patient], labelled=True)
+        number = numbers[[dataset.depth[numbers[0]] // 2]]
+        image, truth = dataset.image(number, device), dataset.label(number)[0]
+        show(row[0], image[0, 0].cpu(), title=patient)
+        show(row[1], image[0, 0].cpu(), truth, len(cases.classes), "truth")
+        for axis, (title, net) in zip(row[2:], nets.items()):
+            with torch.no_grad():
+                pred = net(image).argmax(1)[0].cpu()                       # [S, S]
+            show(axis, image[0, 0].cpu(), pred, len(cases.classes), title)
+    save_figure(figure, path)
 
 
 def draw_dice_curve(summary, path):

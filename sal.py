@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from tqdm import trange
 
 import common
-from common import (PHANTOM_VERSION, Cases, DataError, UNet, channel_files, default_grid, find_cases, make_phantom, normalise,
-                    photometric, read_image, spatial_grid, split_patients, stem, warp, write_nifti)
+from common import (PHANTOM_VERSION, DataError, UNet, default_grid, find_cases, make_phantom, photometric, spatial_grid,
+                    split_patients, warp)
 
 METHOD = "sal"
 
@@ -371,32 +371,13 @@ def draw_matches(dataset, patients, o, device, pretrained, path):
     common.save_figure(figure, path)
 
 
-def draw_overlays(dataset, cases, split, o, device, out, path):
-    """Image, truth, scratch and SAL with the fewest labels on the middle slices of four scored patients."""
-    n, seed, nets = min(o.labelled), o.seeds[0], {}
-    for method in ("scratch", METHOD):
-        nets[method] = UNet(cases.channels, len(cases.classes), o.width).to(device)
-        nets[method].load_state_dict(common.load_checkpoint(out / f"{method}_n{n}_s{seed}.pt")["unet"])
-        nets[method].eval()
-    patients = split[o.split][:4]
-    figure, axes = common.new_figure(len(patients), 4)
-    for row, patient in zip(axes, patients):
-        numbers = dataset.of_patients([patient], labelled=True)
-        number = numbers[[dataset.depth[numbers[0]] // 2]]
-        image, truth = dataset.image(number, device), dataset.label(number)[0]
-        common.show(row[0], image[0, 0].cpu(), title=patient)
-        common.show(row[1], image[0, 0].cpu(), truth, len(cases.classes), "truth")
-        for axis, (method, unet) in zip(row[2:], nets.items()):
-            with torch.no_grad():
-                pred = unet(image).argmax(1)[0].cpu()                      # [S, S]
-            common.show(axis, image[0, 0].cpu(), pred, len(cases.classes), f"{method}, {n} labelled")
-    common.save_figure(figure, path)
-
-
 def draw_all(dataset, cases, split, o, device, out, pretrained, summary):
     """The figures of a finished run, into out/figures."""
     common.draw_dice_curve(summary, out / "figures/dice.png")
-    draw_overlays(dataset, cases, split, o, device, out, out / "figures/overlays.png")
+    nets, n, seed = {}, min(o.labelled), o.seeds[0]                         # the fewest labels show the most
+    for method in ("scratch", METHOD):
+        nets[f"{method}, {n} labelled"] = build(common.load_checkpoint(out / f"{method}_n{n}_s{seed}.pt")).to(device).eval()
+    common.draw_overlays(dataset, cases, split[o.split][:4], nets, device, out / "figures/overlays.png")
     if "heads" in pretrained and pretrained["method"] == METHOD:
         draw_matches(dataset, split["val"], o, device, pretrained, out / "figures/matches.png")
 
@@ -436,60 +417,27 @@ def resolve(o, cases):
     o.saved = {k: v for k, v in vars(o).items() if k not in aside}
 
 
-def load_start(o, cases):
-    """--init: the weights of a pretrained.pt of any method, once they are known to fit."""
-    start = common.load_checkpoint(o.init)
-    if "parts" not in start:
-        raise DataError(f"{o.init}: holds no weights to start from; give a pretrained.pt")
-    taken, fresh = common.load_weights(UNet(cases.channels, len(cases.classes), o.width), start["unet"], start["parts"])
-    print(f"{o.init}: {start['method']} gives {len(taken)} tensors ({', '.join(start['parts'])}), {len(fresh)} start fresh")
-    return start
-
-
 def expected_seconds(dataset, cases, o, device, n_scored):
     """A guess of the whole run's seconds, from five timed steps of the U-Net."""
     unet = UNet(cases.channels, len(cases.classes), o.width).to(device, memory_format=torch.channels_last)
-    x = torch.rand(o.batch, cases.channels, o.size, o.size, device=device).contiguous(memory_format=torch.channels_last)
-    for n in range(9):
-        if n == 4:
-            begin = time.time()                                            # the first steps warm up
-        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            y = unet(x)
-        y.float().mean().backward()
-    step, fits = (time.time() - begin) / 5, 2 * len(o.labelled) * len(o.seeds)
+    step = common.step_seconds(unet, torch.rand(o.batch, cases.channels, o.size, o.size, device=device), o.dtype)
+    fits = 2 * len(o.labelled) * len(o.seeds)
     # as measured: pre-training, the encoder alone on 2B views, 0.85 of this step; fine-tuning 1.25 of it; 0.12 s a volume
     return step * (.85 * o.pretrain_steps * o.pairs / o.batch * (not o.init) + 1.25 * fits * o.steps) + fits * n_scored * .12
 
 
-def predict_files(o, device):
-    """--predict: segment NIfTI files with --checkpoint, into out/predictions, on each file's own grid."""
-    if not o.checkpoint:
-        raise DataError("--predict: needs --checkpoint, a fine-tuned network such as runs/sal/sal_n7_s0.pt")
-    content = common.load_checkpoint(o.checkpoint, METHOD)
-    if "classes" not in content:
-        raise DataError(f"{o.checkpoint}: holds no segmentation head; give a fine-tuned network such as sal_n7_s0.pt")
-    made, classes = content["options"], content["classes"]
-    unet = UNet(content["channels"], len(classes), made["width"]).to(device)
+def build(content):
+    """The network of a checkpoint written by `run_one`."""
+    unet = UNet(content["channels"], len(content["classes"]), content["options"]["width"])
     unet.load_state_dict(content["unet"])
-    if len({stem(f) for f in o.predict}) < len(o.predict):
-        raise DataError("--predict: two images have the same name; segment them in two runs with different --out")
-    out = common.make_folder(Path(o.out) / "predictions")
-    like = Cases([], ".", "plain", classes, modality=content["modality"], channels=content["channels"])
-    for file in map(Path, o.predict):
-        image, spacing = read_image(channel_files(file, like.channels), like)                # [C, V, H, W]
-        x = torch.from_numpy(normalise(image, like.modality)).movedim(1, 0)                  # [V, C, H, W]
-        x = common.to_network(x, spacing, made["spacing"], made["size"]).to(device)          # [V, C, S, S]
-        label = common.predict(unet, x, image.shape[1:], spacing, made["spacing"]).cpu().numpy()
-        write_nifti(out / f"{stem(file)}.nii.gz", label, file)
-        voxels = ", ".join(f"{n} {int((label == k).sum())} voxels" for k, n in enumerate(classes) if k)
-        print(f"{out / stem(file)}.nii.gz: {voxels}")
+    return unet
 
 
 def main(arguments=None):
     o = parse_options(arguments)
     device = common.pick_device(o.device)
     if o.predict:
-        return predict_files(o, device)
+        return common.predict_files(o, device, METHOD, build)
     root = Path(o.data) if o.data else Path(o.cache) / f"phantom-{PHANTOM_VERSION}"
     if not o.data and not root.exists():
         make_phantom(root)
@@ -498,7 +446,7 @@ def main(arguments=None):
     split = split_patients(cases)
     if max(o.labelled) > len(split["labelled"]):
         raise DataError(f"--labelled {max(o.labelled)}: only {len(split['labelled'])} training patients have labels")
-    start = load_start(o, cases) if o.init else None
+    start = common.load_start(o.init, UNet(cases.channels, len(cases.classes), o.width)) if o.init else None
     dataset = common.prepare(cases, o.spacing, o.size, o.cache)
     out = common.start_run(o.out, o.saved, o.resume)
     numbers = dataset.of_patients(split["train"])
