@@ -148,14 +148,22 @@ def effective_rank(z):
 
 
 class Backbone(nn.Module):
-    """f: the whole U-Net without its segmentation head, and a 1x1 layer that widens its last map to D channels."""
+    """f: the whole U-Net up to its last 3x3 convolution (`trunk`), and a 1x1 layer that widens this map to D channels.
+
+    `widen` and the projector g work pixel by pixel, on vectors [n, channels]. So phi may come before them, on the narrow map
+    of the trunk, and InfoNCE computes them only for the pixels that it samples.
+    """
     def __init__(self, channels, o):
         super().__init__()
         self.unet = UNet(channels, 2, o.width, o.depth)                    # its head is not used here
-        self.widen = nn.Sequential(nn.Conv2d(o.width, o.dim, 1, bias=False), nn.BatchNorm2d(o.dim), nn.LeakyReLU(.01))
+        self.widen = nn.Sequential(nn.Linear(o.width, o.dim, bias=False), nn.BatchNorm1d(o.dim), nn.LeakyReLU(.01))
+
+    def trunk(self, x):                                                    # [B, C, S, S] -> [B, width, S, S]
+        return self.unet.decoder(self.unet.encoder(x))
 
     def forward(self, x):                                                  # [B, C, S, S] -> [B, D, S, S]
-        return self.widen(self.unet.decoder(self.unet.encoder(x)))
+        x = self.trunk(x).movedim(1, -1)                                   # [B, S, S, width]
+        return self.widen(x.flatten(0, 2)).unflatten(0, x.shape[:3]).movedim(-1, 1)
 
 
 def projector(o):
@@ -197,7 +205,7 @@ def view_batch(dataset, numbers, o, device):
 
 
 def pixel_pairs(f_a, f_b, grid, valid, n=None):
-    """The vectors (phi(f_a), f_b) of the same pixels, both [n, D]: n random valid ones, the same number in every image; all if n is None.
+    """The vectors (phi(f_a), f_b) of the same n valid pixels, [n, D] each: n / B random ones of every image; all if n is None.
 
     f_a, f_b: maps [B, D, S, S]; f_a is moved by the very grid that moved the image.
     """
@@ -228,18 +236,18 @@ def pretrain(dataset, numbers, o, device, out):
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * warm_up * .5 * (1 + math.cos(math.pi * step / T))
         views, grid, valid = view_batch(dataset, numbers, o, device)       # [2B, C, S, S], [B, S, S, 2], [B, S, S]
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            maps = f(views)                                                # [2B, D, S, S]
-        f_a, f_b = pixel_pairs(*maps.float().chunk(2), grid, valid, o.pixels if o.loss == "infonce" else None)
-        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            z_a, z_b = g(torch.cat([f_a, f_b])).chunk(2)                   # [n or P, d] each
+            maps = f.trunk(views).float()                                  # [2B, width, S, S]
+            pairs = torch.cat(pixel_pairs(*maps.chunk(2), grid, valid, o.pixels if o.loss == "infonce" else None))
+            vectors = f.widen(pairs)                                       # [2n, D], or [2P, D] for Barlow Twins
+            z_a, z_b = g(vectors).chunk(2)                                 # [n, d] each
         loss = info_nce_loss(z_a, z_b, o.temperature) if o.loss == "infonce" else barlow_twins_loss(z_a, z_b, o.lam)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         if step % 50 == 0 or step == T - 1:
-            few = torch.linspace(0, len(f_a) - 1, min(1000, len(f_a)), device=device).long()     # pixels of all images
+            few = torch.linspace(0, len(z_a) - 1, min(1000, len(z_a)), device=device).long()     # pixels of all images
             row = dict(loss=loss.item(), chance=math.log(2 * len(z_a) - 1) if o.loss == "infonce" else o.projection,
-                       found=found_partners(z_a[few], z_b[few]), found_chance=1 / len(few), rank=effective_rank(f_b[few]))
+                       found=found_partners(z_a[few], z_b[few]), found_chance=1 / len(few), rank=effective_rank(vectors[few]))
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()})
             common.log(out, phase="pretrain", step=step, **row)
         if (step + 1) % o.save_every == 0 or step == T - 1:

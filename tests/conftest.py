@@ -13,12 +13,22 @@ sys.path.insert(0, str(ROOT))
 # a whole run in seconds: 6 tiny networks would take minutes otherwise
 TINY = ["--size", "32", "--spacing", "5", "--width", "4", "--pretrain-steps", "6", "--pairs", "4", "--steps", "4",
         "--batch", "4", "--labelled", "1", "--windows", "2", "--save-every", "2"]
+TINY_PIX2REP = ["--size", "32", "--spacing", "5", "--width", "4", "--dim", "8", "--projection", "8", "--pixels", "64",
+                "--pretrain-steps", "6", "--pretrain-batch", "4", "--steps", "4", "--probe-steps", "4", "--batch", "4",
+                "--unlabelled-batch", "2", "--labelled", "1", "--save-every", "2"]
 
 
 def run(script, *arguments, cwd=ROOT, **kwargs):
     """Run a script in a new process; returns what subprocess does, with text output."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True, timeout=300, stderr=subprocess.PIPE,
                           stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)   # tiny networks: one thread
+
+
+def refused(done, *words):
+    """Assert that a run ended with exit code 2 and one clear line that holds these words."""
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1]
+    assert last.startswith("error: ") and all(w in last for w in words), last
 
 
 def save(path, array, spacing=(1., 1., 1.), codes="LPS"):

@@ -5,7 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, TINY, run, save, volume
+from conftest import ROOT, SHARED, TINY, refused, run, save, volume
 
 import common
 import data
@@ -147,12 +147,6 @@ def test_init_from_another_methods_weights(finished, phantom):
 
 
 # ------------------------------------------------------------------------------------------------ bad input
-
-def refused(done, *words):
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    last = [line for line in done.stderr.splitlines() if line.strip()][-1]
-    assert last.startswith("error: ") and all(w in last for w in words), last
-
 
 def test_bad_options_and_paths(finished, phantom, tmp_path):
     out, work, _ = finished
