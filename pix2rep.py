@@ -11,7 +11,35 @@ vectors of a pixel together and pushes n sampled pixels apart; Barlow Twins make
 No label is used. Then few labels teach a 1x1 head (linear probing) or the whole network (fine-tuning).
 
 Paper, code, and what we chose. [paper]: MIDL 2024; [v2]: Pix2Rep-v2, arXiv 2609.01427; [code]: the published code, which has
-the contrastive loss only; [ours]: silent there, or changed by us, and why.
+the contrastive loss only and does not run as it stands; [ours]: silent there, or changed by us.
+ 1. Symmetric InfoNCE over the 2n vectors of n pixels sampled from the whole batch, n = 1000, tau = 0.53 [code]; tau = 0.1, and
+    n / B pixels from every image [ours].
+ 2. Barlow Twins over all valid pixels of the batch, lambda = 5e-3, d = 256 [v2]; d = 64 [ours].
+ 3. The ground-truth trap: the published code crops every volume with the box of its ground-truth mask, before pre-training and
+    at test time too, which leaks the answer. We crop about the image centre and read labels in fine-tuning and scoring only.
+ 4. No mask in the code: it samples pixels that phi brought in from outside the image as well. We carry a validity mask
+    through phi and sample only pixels whose pre-image, with its neighbours for the interpolation, lies inside [ours].
+ 5. phi is one affine per image: rotation up to pi/2, crop of side 0.33 to 0.95 at a random place, flips [code]; crop 0.5 to 1
+    [ours]. One grid moves the image and the features.
+ 6. phi comes after the projector g [code]. g and our widening layer see single pixels, so we put phi before them, on the narrow
+    map of the U-Net: the same up to interpolation, and a fraction of the cost [ours].
+ 7. t, t': noise, blur, gamma, bias field, inversion [code]; `common.photometric`, the augmentation of all our methods, without
+    inversion (`--inversion`; it slowed learning down) [ours].
+ 8. U-Net of width 64 with 5 poolings and an output map of D = 1024 channels [code]; width 16, 4 poolings, and the last map of
+    16 channels widened to D = 64 by a 1x1 layer, so that the trunk starts the same U-Net as every other method's [ours].
+ 9. Pre-training: Adam 4.7e-4, batch 8, 200 epochs [code], AdamW 5e-4, warm-up, cosine [v2]; AdamW 1e-3 so [ours].
+10. Linear probing: backbone frozen, a 1x1 head on the D channels, Adam 7.6e-3 [code]; AdamW 3e-2, cosine, cross-entropy + Dice.
+    Its row from scratch is a frozen random backbone whose batch statistics are set by 20 batches of training slices [ours].
+11. Fine-tuning: Adam 5e-5 backbone, 1e-2 head, soft Dice [code]; AdamW 5e-4, 5e-3, cosine, cross-entropy + Dice, a new head on
+    the trunk, so that the network is that of the row from scratch [ours].
+12. Mean Teacher on top [v2]; its details are ours: squared difference of probabilities, the teacher sees the slice without
+    intensity changes, weight ramped up over 40 % of the steps, the teacher is scored.
+13. Few-shot: for n >= 5 the same number of patients from each of ACDC's five groups [code]; we do so where 5 divides n, and take
+    the split's own order otherwise, so that 1, 3, 7 are the patients of our other methods [ours].
+14. One pre-training serves all seeds, so the spread over seeds is that of fine-tuning. The last checkpoint is scored [ours].
+
+Letters: B slices in a batch, n sampled pixels, P valid pixels, C channels of an image, D of the output map, d of the projector,
+S network size, V slices in a figure, U unlabelled slices, K classes.
 """
 import argparse, copy, math, sys, time
 from pathlib import Path
@@ -31,7 +59,7 @@ WAYS = ("scratch", "random-probe", "probe", "pix2rep")                     # row
 TEACHER_WAYS = ("scratch-mt", "pix2rep-mt")
 PRETRAINED_WAYS = ("probe", "pix2rep", "pix2rep-mt")
 SCRATCH_OPTIONS = ("data", "split", "precision", "width", "depth", "dim", "spacing", "size", "probe_steps", "probe_lr", "steps", "batch",
-                   "lr", "rotation", "unlabelled_batch", "teacher_alpha", "teacher_weight")   # what the other rows depend on
+                   "lr", "rotation", "teacher_alpha", "teacher_weight")   # what the other rows depend on
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -86,7 +114,6 @@ def parse_options(arguments=None):
     fine.add_argument("--head-lr", type=float, default=5e-3, help="of the head on it (code: 1e-2)")
     fine.add_argument("--rotation", type=float, default=.5, help="largest rotation in rad")
     fine.add_argument("--mean-teacher", action="store_true", help="also fine-tune with Mean Teacher, pre-trained and from scratch")
-    fine.add_argument("--unlabelled-batch", type=int, default=8, help="unlabelled slices a step for Mean Teacher (v2: not known)")
     fine.add_argument("--teacher-alpha", type=float, default=.99, help="decay of the teacher (v2: not known)")
     fine.add_argument("--teacher-weight", type=float, default=1., help="of the consistency, after its ramp (v2: not known)")
     if p.parse_args(arguments).paper:
@@ -246,8 +273,9 @@ def pretrain(dataset, numbers, o, device, out):
         optimiser.step()
         if step % 50 == 0 or step == T - 1:
             few = torch.linspace(0, len(z_a) - 1, min(1000, len(z_a)), device=device).long()     # pixels of all images
+            seen = [z[few].float() if o.loss == "infonce" else F.batch_norm(z[few].float(), None, None, training=True) for z in (z_a, z_b)]
             row = dict(loss=loss.item(), chance=math.log(2 * len(z_a) - 1) if o.loss == "infonce" else o.projection,
-                       found=found_partners(z_a[few], z_b[few]), found_chance=1 / len(few), rank=effective_rank(vectors[few]))
+                       found=found_partners(*seen), found_chance=1 / len(few), rank=effective_rank(vectors[few]))
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()})
             common.log(out, phase="pretrain", step=step, **row)
         if (step + 1) % o.save_every == 0 or step == T - 1:
@@ -260,11 +288,11 @@ def pretrain(dataset, numbers, o, device, out):
 # ------------------------------------------------------------------------------------------------ linear probing, fine-tuning
 
 
-def labelled_batch(dataset, numbers, o, device):
-    """A batch of labelled slices, moved and recoloured at random: image [B, C, S, S], label [B, S, S]."""
-    pick = numbers[torch.randint(len(numbers), (o.batch,)).numpy()]
-    grid = spatial_grid(o.batch, o.size, o.rotation, device)               # [B, S, S, 2]
-    label = warp(dataset.label(pick, device), grid, "nearest")             # [B, S, S]
+def labelled_batch(dataset, numbers, n, o, device):
+    """n labelled slices, moved and recoloured at random: image [n, C, S, S], label [n, S, S]."""
+    pick = numbers[torch.randint(len(numbers), (n,)).numpy()]
+    grid = spatial_grid(n, o.size, o.rotation, device)                     # [n, S, S, 2]
+    label = warp(dataset.label(pick, device), grid, "nearest")             # [n, S, S]
     image = photometric(warp(dataset.image(pick, device), grid)).contiguous(memory_format=torch.channels_last)
     return image, label
 
@@ -292,7 +320,7 @@ def linear_probe(name, dataset, numbers, unlabelled, classes, seed, o, device, o
     optimiser = torch.optim.AdamW([{"params": head.parameters(), "peak": o.probe_lr}], weight_decay=0)
     for step in trange(o.probe_steps, desc=name, disable=None):
         set_rate(optimiser, step, o.probe_steps)
-        image, label = labelled_batch(dataset, numbers, o, device)         # [B, C, S, S], [B, S, S]
+        image, label = labelled_batch(dataset, numbers, o.batch, o, device)                  # [B, C, S, S], [B, S, S]
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
             maps = f(image)                                                # [B, D, S, S]
         logits = head(maps.float())                                        # [B, K, S, S]
@@ -323,7 +351,8 @@ def consistency_loss(logits, target):
 def finetune(name, dataset, numbers, unlabelled, classes, seed, o, device, out, start=None, mean_teacher=False):
     """Train a U-Net on the labelled slices `numbers`, from scratch or from `start` (what pretrained.pt holds).
 
-    With `mean_teacher`, the student also has to agree with its teacher on the slices `unlabelled`; the teacher is returned.
+    With `mean_teacher`, half of every batch are slices of `unlabelled`, on which the student has to agree with its teacher; the
+    teacher is returned.
     """
     torch.manual_seed(seed)
     unet = UNet(dataset.info["channels"], classes, o.width, o.depth).to(device, memory_format=torch.channels_last)
@@ -333,26 +362,27 @@ def finetune(name, dataset, numbers, unlabelled, classes, seed, o, device, out, 
     optimiser = torch.optim.AdamW([{"params": [*unet.encoder.parameters(), *unet.decoder.parameters()], "peak": backbone},
                                    {"params": unet.head.parameters(), "peak": head}], lr=o.lr, weight_decay=1e-4)
     teacher = copy.deepcopy(unet).eval().requires_grad_(False)             # its targets come from running statistics
+    U = o.batch // 2 if mean_teacher else 0                                # unlabelled slices of a batch
     state, step = out / "finetuning.pt", 0
     if o.resume and state.exists() and common.load_checkpoint(state, METHOD, o.saved).get("run") == name:
         step = common.resume_training(state, METHOD, o.saved, (unet, teacher), optimiser)
     bar = trange(step, o.steps, initial=step, total=o.steps, desc=name, disable=None)
     for step in bar:
         set_rate(optimiser, step, o.steps)
-        image, label = labelled_batch(dataset, numbers, o, device)         # [B, C, S, S], [B, S, S]
+        image, label = labelled_batch(dataset, numbers, o.batch - U, o, device)              # [B - U, C, S, S], [B - U, S, S]
         if mean_teacher:
-            pick = unlabelled[torch.randint(len(unlabelled), (o.unlabelled_batch,)).numpy()]
-            x = warp(dataset.image(pick, device), spatial_grid(len(pick), o.size, o.rotation, device))      # [U, C, S, S]
-            image = torch.cat([image, photometric(x).contiguous(memory_format=torch.channels_last)])        # [B + U, C, S, S]
+            pick = unlabelled[torch.randint(len(unlabelled), (U,)).numpy()]
+            x = warp(dataset.image(pick, device), spatial_grid(U, o.size, o.rotation, device))              # [U, C, S, S]
+            image = torch.cat([image, photometric(x).contiguous(memory_format=torch.channels_last)])        # [B, C, S, S]
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            logits = unet(image).float()                                   # [B or B + U, K, S, S]
-        ce, dice = F.cross_entropy(logits[:o.batch], label), common.dice_loss(logits[:o.batch], label)
+            logits = unet(image).float()                                   # [B, K, S, S]
+        ce, dice = F.cross_entropy(logits[:len(label)], label), common.dice_loss(logits[:len(label)], label)
         loss, row = ce + dice, dict(cross_entropy=ce.item(), cross_entropy_chance=math.log(classes), dice_loss=dice.item())
         if mean_teacher:
             with torch.no_grad(), torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
                 target = teacher(x.contiguous(memory_format=torch.channels_last)).float().softmax(1)        # [U, K, S, S]
             ramp = math.exp(-5 * (1 - min(1, step / (.4 * o.steps))) ** 2) # over the first 40 % of the steps
-            row["consistency"] = (L_MT := consistency_loss(logits[o.batch:], target)).item()
+            row["consistency"] = (L_MT := consistency_loss(logits[len(label):], target)).item()
             loss = loss + o.teacher_weight * ramp * L_MT
         optimiser.zero_grad()
         loss.backward()
@@ -481,7 +511,7 @@ def draw_embeddings(dataset, cases, patients, o, device, start, path):
         x = x - x.mean((0, 1, 2))
         _, axis = torch.linalg.eigh(x.flatten(0, 2).T @ x.flatten(0, 2))   # [D, D], largest variance last
         colours = x @ axis[:, -3:].flip(1)                                 # [V, S, S, 3]
-        lo, hi = colours.flatten(0, 2).quantile(torch.tensor([.02, .98]), dim=0) if colours.numel() < 3e6 else (-.5, .5)
+        lo, hi = colours.flatten(0, 2).quantile(torch.tensor([.02, .98]), dim=0)
         for v in range(len(images)):
             axes[v, column].imshow(((colours[v] - lo) / (hi - lo)).clamp(0, 1))
             axes[v, column].set_title(f"vectors {title}", fontsize=8)
@@ -546,12 +576,13 @@ def resolve(o, cases):
         spacing, size = default_grid(cases)
         o.spacing, o.size = o.spacing or spacing, o.size or size
     unit = 2 ** o.depth if o.depth > 0 else 0
-    counts = (o.pretrain_steps, o.steps, o.probe_steps, o.save_every, o.batch, o.unlabelled_batch, o.pretrain_batch, o.dim,
+    counts = (o.pretrain_steps, o.steps, o.probe_steps, o.save_every, o.batch, o.pretrain_batch, o.dim,
               o.projection, *o.labelled)
     problems = [
         (not unit or o.size % unit or o.size < 2 * unit, f"--size {o.size}, --depth {o.depth}: use a size that 2^depth divides, "
                                                          "and at least twice that"),
         (min(counts) < 1, "steps, --save-every, batches, --dim, --projection and --labelled must be 1 or more"),
+        (o.mean_teacher and o.batch < 2, f"--batch {o.batch}: --mean-teacher needs 2 or more, half of them unlabelled"),
         (o.pixels < 2 * o.pretrain_batch, f"--pixels {o.pixels}: use at least two an image, {2 * o.pretrain_batch} or more"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (not 0 < o.crop[0] <= o.crop[1] <= 1, f"--crop {o.crop[0]} {o.crop[1]}: use the smallest and largest side, in (0, 1]"),
@@ -572,7 +603,7 @@ def expected_seconds(dataset, cases, o, device, n_scored):
     each = len(o.labelled) * len(o.seeds)                                  # networks of one row
     rows = (1 if o.scratch else 2) * each
     # as measured, in this step's time: pre-training on 2B views, fine-tuning, a third for the frozen probe; 0.12 s a volume
-    fits = rows * (1.25 * o.steps + .6 * o.probe_steps + o.mean_teacher * (1.25 + 1.4 * o.unlabelled_batch / o.batch) * o.steps)
+    fits = rows * (1.25 * o.steps + .6 * o.probe_steps + o.mean_teacher * 1.4 * o.steps)
     pre = (2.8 if o.loss == "infonce" else 4.) * o.pretrain_steps * o.pretrain_batch / o.batch * (not o.init)
     return step * (pre + fits) + rows * (2 + o.mean_teacher) * n_scored * .12
 

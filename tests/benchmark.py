@@ -2,7 +2,9 @@
 
 1. Slices a second of pre-training, and the share of a step outside forward, backward and optimiser (aim: at most 10 %).
 2. Time and memory of WLA, forward and backward, against r: the paper's (hw)^2 / r^2.
-3. The start: preparing a dataset, and opening the prepared one.
+3. Pix2Rep: the share of a step spent on loss and warp (aim: at most 25 %), time and memory of InfoNCE against n, and of Barlow
+   Twins against the number of pixels.
+4. The start: preparing a dataset, and opening the prepared one.
 """
 import argparse, sys, tempfile, time
 from pathlib import Path
@@ -14,21 +16,26 @@ import torch
 
 import common
 import data
+import pix2rep
 import sal
 
 
-def step_shares(o, dataset, device, steps=20):
+def clock(device):
+    """The time in seconds, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def sal_shares(o, dataset, device, steps=20):
     """Seconds a step in each part of SAL's pre-training: the lines of `sal.pretrain`, each part timed."""
     unet = common.UNet(1, 2, o.width).to(device, memory_format=torch.channels_last)
     heads = sal.Heads(unet.encoder.widths, o.level).to(device)
     optimiser = torch.optim.AdamW([*unet.encoder.parameters(), *heads.parameters()], 1e-3)
     numbers, spent = np.arange(len(dataset.volume)), dict.fromkeys(["sample, read, augment", "forward, losses", "backward", "optimiser"], 0.)
     for step in range(steps + 3):
-        marks = [time.perf_counter()]
-        def mark():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            marks.append(time.perf_counter())
+        marks = [clock(device)]
+        mark = lambda: marks.append(clock(device))
         views, pick = sal.pair_batch(dataset, numbers, o, device)
         mark()
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
@@ -60,6 +67,90 @@ def wla_cost(r, device, size=48, channels=64, batch=4):
     return min(times), batch * size ** 4 / r ** 2 * 4 / 1e6
 
 
+def pix2rep_shares(o, dataset, device, steps=20):
+    """Seconds a step in each part of Pix2Rep's pre-training. The backward pass is cut at the maps of the trunk."""
+    f, g = pix2rep.Backbone(1, o).to(device, memory_format=torch.channels_last), pix2rep.projector(o).to(device)
+    parameters = [p for p in (*f.parameters(), *g.parameters()) if p is not f.unet.head.weight and p is not f.unet.head.bias]
+    optimiser = torch.optim.AdamW(parameters, 1e-3)
+    numbers = np.arange(len(dataset.volume))
+    spent = dict.fromkeys(["read, augment, move the images", "U-Net forward", "phi on the maps: choose pixels", "widen, project",
+                           "loss", "backward of widen, project", "backward of the U-Net", "optimiser"], 0.)
+    spent["backward of phi and loss"] = 0.
+    for step in range(steps + 3):
+        marks = [clock(device)]
+        mark = lambda: marks.append(clock(device))
+        views, grid, valid = pix2rep.view_batch(dataset, numbers, o, device)
+        mark()
+        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
+            maps = f.trunk(views).float()
+        mark()
+        cut = maps.detach().requires_grad_()
+        pairs = torch.cat(pix2rep.pixel_pairs(*cut.chunk(2), grid, valid, o.pixels if o.loss == "infonce" else None))
+        mark()
+        leaf = pairs.detach().requires_grad_()
+        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
+            z = g(f.widen(leaf)).float()
+        mark()
+        z_leaf = z.detach().requires_grad_()
+        z_a, z_b = z_leaf.chunk(2)
+        loss = (pix2rep.info_nce_loss(z_a, z_b, o.temperature) if o.loss == "infonce" else pix2rep.barlow_twins_loss(z_a, z_b, o.lam))
+        mark()
+        optimiser.zero_grad()
+        loss.backward()
+        back = clock(device) - marks[-1]
+        marks.append(clock(device))
+        z.backward(z_leaf.grad)
+        mark()
+        pairs.backward(leaf.grad)
+        back += clock(device) - marks[-1]
+        marks.append(clock(device))
+        maps.backward(cut.grad)
+        mark()
+        optimiser.step()
+        mark()
+        if step >= 3:
+            d = np.diff(marks)                                             # the two middle backward parts are in `back`
+            for key, seconds in zip(spent, [*d[:5], d[6], d[8], d[9], back]):
+                spent[key] += seconds / steps
+    return spent
+
+
+def saved_megabytes(function):
+    """(seconds, MB): the best time of `function`().backward(), and the memory its forward pass keeps for the backward pass."""
+    times = []
+    for _ in range(4):
+        held = {}
+        def keep(x):
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        begin = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = function()
+        loss.backward()
+        times.append(time.perf_counter() - begin)
+    return min(times), sum(held.values()) / 1e6
+
+
+def pix2rep_tables(arguments, root, cases, dataset, device):
+    for loss in ("infonce", "barlow"):
+        o = pix2rep.parse_options(["--precision", arguments.precision, "--loss", loss] + (["--data", str(root)] if arguments.data else []))
+        pix2rep.resolve(o, cases)
+        spent = pix2rep_shares(o, dataset, device)
+        total = sum(spent.values())
+        ours = sum(spent[k] for k in ("phi on the maps: choose pixels", "loss", "backward of phi and loss"))
+        print(f"\nPix2Rep, {loss}, {o.pretrain_batch} slices of {o.size}x{o.size}, two views each, width {o.width}, D {o.dim}, d {o.projection}, "
+              f"{o.precision}: {o.pretrain_batch / total:.0f} slices a second; loss and warp of the maps {100 * ours / total:.1f} % of a step")
+        for key, seconds in spent.items():
+            print(f"  {key:32} {1000 * seconds:7.1f} ms  {100 * seconds / total:5.1f} %")
+    for name, loss, sizes in (("InfoNCE", lambda z: pix2rep.info_nce_loss(*z, .1), (250, 500, 1000, 2000, 4000)),
+                              ("Barlow Twins", lambda z: pix2rep.barlow_twins_loss(*z, 5e-3), (1000, 4000, 16000, 64000))):
+        print(f"\n{name}, forward and backward, d = 64\n pixels   seconds   memory kept   pixels x pixels would be")
+        for n in sizes:
+            z = torch.randn(2, n, 64, device=device, requires_grad=True)
+            seconds, megabytes = saved_megabytes(lambda: loss(z))
+            print(f"{n:7} {seconds:9.4f} {megabytes:10.1f} MB {4 * n ** 2 / 1e6:20.0f} MB")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", help="a dataset (default: the phantom)")
@@ -79,7 +170,7 @@ def main():
             times.append(time.perf_counter() - begin)
         print(f"start on {len(cases)} volumes: first {times[0]:.2f} s, then {times[1]:.2f} s (ratio {times[0] / times[1]:.0f}); "
               f"cache {dataset.images.nbytes / 1e6:.0f} MB, memory-mapped\n")
-        spent = step_shares(o, dataset, device)
+        spent = sal_shares(o, dataset, device)
         total = sum(spent.values())
         print(f"pre-training, {2 * o.pairs} views of {o.size}x{o.size}, width {o.width}, {o.precision}, {device}, "
               f"{torch.get_num_threads()} threads: {2 * o.pairs / total:.0f} slices a second")
@@ -90,6 +181,7 @@ def main():
         for r in (1, 2, 3, 4, 6, 8, 12):
             seconds, megabytes = wla_cost(r, device)
             print(f"{r:3} {seconds:9.4f} {seconds / base[0]:10.3f} {megabytes:17.1f} MB {megabytes / base[1]:10.4f}")
+        pix2rep_tables(arguments, root, cases, dataset, device)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ TINY = ["--size", "32", "--spacing", "5", "--width", "4", "--pretrain-steps", "6
         "--batch", "4", "--labelled", "1", "--windows", "2", "--save-every", "2"]
 TINY_PIX2REP = ["--size", "32", "--spacing", "5", "--width", "4", "--dim", "8", "--projection", "8", "--pixels", "64",
                 "--pretrain-steps", "6", "--pretrain-batch", "4", "--steps", "4", "--probe-steps", "4", "--batch", "4",
-                "--unlabelled-batch", "2", "--labelled", "1", "--save-every", "2"]
+                "--labelled", "1", "--save-every", "2"]
 
 
 def run(script, *arguments, cwd=ROOT, **kwargs):
