@@ -22,7 +22,7 @@ the contrastive loss only and does not run as it stands; [ours]: silent there, o
  5. phi is one affine per image: rotation up to pi/2, crop of side 0.33 to 0.95 at a random place, flips [code]; crop 0.5 to 1
     [ours]. One grid moves the image and the features.
  6. phi comes after the projector g [code]. g and our widening layer see single pixels, so we put phi before them, on the narrow
-    map of the U-Net: the same up to interpolation, and a fraction of the cost [ours].
+    map of the U-Net: the same up to interpolation and batch statistics, and a fraction of the cost [ours].
  7. t, t': noise, blur, gamma, bias field, inversion [code]; `common.photometric`, the augmentation of all our methods, without
     inversion (`--inversion`; it slowed learning down) [ours].
  8. U-Net of width 64 with 5 poolings and an output map of D = 1024 channels [code]; width 16, 4 poolings, and the last map of
@@ -58,8 +58,8 @@ METHOD = "pix2rep"
 WAYS = ("scratch", "random-probe", "probe", "pix2rep")                     # rows of the table; --mean-teacher adds two
 TEACHER_WAYS = ("scratch-mt", "pix2rep-mt")
 PRETRAINED_WAYS = ("probe", "pix2rep", "pix2rep-mt")
-SCRATCH_OPTIONS = ("data", "split", "precision", "width", "depth", "dim", "spacing", "size", "probe_steps", "probe_lr", "steps", "batch",
-                   "lr", "rotation", "teacher_alpha", "teacher_weight")   # what the other rows depend on
+SCRATCH_OPTIONS = ("data", "split", "precision", "width", "depth", "dim", "spacing", "size", "probe_steps", "probe_lr", "steps",
+                   "batch", "lr", "rotation", "teacher_alpha", "teacher_weight")             # what the other rows depend on
 
 # ------------------------------------------------------------------------------------------------ options
 
@@ -77,8 +77,8 @@ def parse_options(arguments=None):
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
     run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints for --resume")
     run.add_argument("--init", help="skip pre-training: start from this pretrained.pt (the rows are still named pix2rep)")
-    run.add_argument("--scratch", metavar="RUN", help="read the rows from scratch out of this finished run: they do not depend on "
-                     "pre-training")
+    run.add_argument("--scratch", metavar="RUN", help="read the rows from scratch out of this finished run: they do not depend "
+                     "on pre-training")
     run.add_argument("--paper", action="store_true", help="the published configuration, for a GPU; other options still win")
     run.add_argument("--predict", nargs="+", metavar="IMAGE", help="segment these NIfTI files with --checkpoint into --out")
     run.add_argument("--checkpoint", help="a trained network of a run, for --predict")
@@ -94,7 +94,7 @@ def parse_options(arguments=None):
     net.add_argument("--size", type=int, help="crop in pixels, divisible by 2^depth (default: 96 on ACDC; code: 128)")
     pre = p.add_argument_group("pre-training")
     pre.add_argument("--loss", choices=["infonce", "barlow"], default="infonce", help="(paper: infonce; v2: barlow)")
-    pre.add_argument("--pretrain-steps", type=int, help="(code and v2: 200 epochs, on ACDC's 70 patients about 33000 steps)")
+    pre.add_argument("--pretrain-steps", type=int, help="(code and v2: 200 epochs, on ACDC's 70 patients 32800 steps)")
     pre.add_argument("--pretrain-batch", type=int, default=8, help="B, slices a step, two views each (code: 8)")
     pre.add_argument("--pretrain-lr", type=float, default=1e-3, help="AdamW, 5 %% warm-up, cosine (code: Adam 4.7e-4; v2: 5e-4)")
     pre.add_argument("--pixels", type=int, default=1000, help="n, pixels of InfoNCE a step (code: 1000)")
@@ -113,7 +113,8 @@ def parse_options(arguments=None):
     fine.add_argument("--backbone-lr", type=float, default=5e-4, help="of a pre-trained backbone (code: Adam 5e-5)")
     fine.add_argument("--head-lr", type=float, default=5e-3, help="of the head on it (code: 1e-2)")
     fine.add_argument("--rotation", type=float, default=.5, help="largest rotation in rad")
-    fine.add_argument("--mean-teacher", action="store_true", help="also fine-tune with Mean Teacher, pre-trained and from scratch")
+    fine.add_argument("--mean-teacher", action="store_true", help="also fine-tune with Mean Teacher, pre-trained and scratch; "
+                      "with --resume it adds these rows to a finished run")
     fine.add_argument("--teacher-alpha", type=float, default=.99, help="decay of the teacher (v2: not known)")
     fine.add_argument("--teacher-weight", type=float, default=1., help="of the consistency, after its ramp (v2: not known)")
     if p.parse_args(arguments).paper:
@@ -273,9 +274,11 @@ def pretrain(dataset, numbers, o, device, out):
         optimiser.step()
         if step % 50 == 0 or step == T - 1:
             few = torch.linspace(0, len(z_a) - 1, min(1000, len(z_a)), device=device).long()     # pixels of all images
-            seen = [z[few].float() if o.loss == "infonce" else F.batch_norm(z[few].float(), None, None, training=True) for z in (z_a, z_b)]
+            pair = [z[few].float() for z in (z_a, z_b)]
+            if o.loss == "barlow":                                         # as this loss compares them
+                pair = [F.batch_norm(z, None, None, training=True) for z in pair]
             row = dict(loss=loss.item(), chance=math.log(2 * len(z_a) - 1) if o.loss == "infonce" else o.projection,
-                       found=found_partners(*seen), found_chance=1 / len(few), rank=effective_rank(vectors[few]))
+                       found=found_partners(*pair), found_chance=1 / len(few), rank=effective_rank(vectors[few]))
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()})
             common.log(out, phase="pretrain", step=step, **row)
         if (step + 1) % o.save_every == 0 or step == T - 1:
@@ -401,10 +404,10 @@ def finetune(name, dataset, numbers, unlabelled, classes, seed, o, device, out, 
 
 
 def few_shot(cases, patients, n):
-    """The n labelled patients: the first n of `patients`; where n >= 5 and the pathology groups (ACDC: five) divide it, the
-    first of every group, the same number from each, as far as a group goes round [code]."""
+    """The n labelled patients: the first n of `patients`, or, where n >= 5 and the number of pathology groups (ACDC: five)
+    divides it, the first of every group, the same number from each as long as no group runs out [code]."""
     group = {c.patient: c.group for c in cases}
-    groups = sorted({group[p] for p in patients} - {None, ""})
+    groups = {group[p] for p in patients} - {""}
     if n < 5 or len(groups) < 2 or n % len(groups):
         return patients[:n]
     turn = {p: (sum(group[q] == group[p] for q in patients[:i]), i) for i, p in enumerate(patients)}
@@ -534,7 +537,8 @@ def draw_annotation_saved(summary, path):
     for n, dice in rows:                                                   # the fine-tuned ones
         needed = labels_needed(summary, dice)
         axis.annotate("", (min(needed, 1.5 * most), dice), (n, dice), arrowprops={"arrowstyle": "->", "ls": ":"})
-        axis.text(n, dice, f"{n} for {needed:.1f} " if needed < math.inf else f"{n} for more than {most} ", ha="left", va="bottom", fontsize=8)
+        text = f"{n} for {needed:.1f}" if needed < math.inf else f"{n} for more than {most}"
+        axis.text(n, dice, text, ha="left", va="bottom", fontsize=8)
     ticks = sorted({r["labelled"] for r in summary})
     axis.set_xticks(ticks, ticks)
     axis.minorticks_off()
@@ -561,8 +565,8 @@ def draw_all(dataset, cases, split, o, device, out, start, summary):
 # The phantom stays below 3 minutes on 2 cores, so its pre-training is too short to be more than a demonstration.
 PHANTOM = dict(seeds=[0], pretrain_steps=250, steps=240, probe_steps=100, spacing=2.5, size=64)
 REAL = dict(seeds=[0, 1, 2], pretrain_steps=6000, steps=1200, probe_steps=300)
-# --paper: the published configuration; 200 epochs are those of ACDC's 70 training patients, 2 x 70 volumes, in batches of 8
-PAPER = dict(width=64, depth=5, dim=1024, projection=256, size=128, spacing=1.5, pretrain_batch=8, pretrain_steps=33000,
+# --paper: the published configuration; 32800 steps of 8 are 200 epochs of the 1312 slices of ACDC's 70 training patients
+PAPER = dict(width=64, depth=5, dim=1024, projection=256, size=128, spacing=1.5, pretrain_batch=8, pretrain_steps=32800,
              pretrain_lr=4.7e-4, pixels=1000, temperature=.53, pretrain_rotation=math.pi / 2, crop=[.33, .95], inversion=.35,
              probe_lr=7.6e-3, backbone_lr=5e-5, head_lr=1e-2)
 

@@ -32,7 +32,8 @@ def sal_shares(o, dataset, device, steps=20):
     unet = common.UNet(1, 2, o.width).to(device, memory_format=torch.channels_last)
     heads = sal.Heads(unet.encoder.widths, o.level).to(device)
     optimiser = torch.optim.AdamW([*unet.encoder.parameters(), *heads.parameters()], 1e-3)
-    numbers, spent = np.arange(len(dataset.volume)), dict.fromkeys(["sample, read, augment", "forward, losses", "backward", "optimiser"], 0.)
+    numbers = np.arange(len(dataset.volume))
+    spent = dict.fromkeys(["sample, read, augment", "forward, losses", "backward", "optimiser"], 0.)
     for step in range(steps + 3):
         marks = [clock(device)]
         mark = lambda: marks.append(clock(device))
@@ -93,7 +94,8 @@ def pix2rep_shares(o, dataset, device, steps=20):
         mark()
         z_leaf = z.detach().requires_grad_()
         z_a, z_b = z_leaf.chunk(2)
-        loss = (pix2rep.info_nce_loss(z_a, z_b, o.temperature) if o.loss == "infonce" else pix2rep.barlow_twins_loss(z_a, z_b, o.lam))
+        nce = o.loss == "infonce"
+        loss = pix2rep.info_nce_loss(z_a, z_b, o.temperature) if nce else pix2rep.barlow_twins_loss(z_a, z_b, o.lam)
         mark()
         optimiser.zero_grad()
         loss.backward()
@@ -133,22 +135,25 @@ def saved_megabytes(function):
 
 def pix2rep_tables(arguments, root, cases, dataset, device):
     for loss in ("infonce", "barlow"):
-        o = pix2rep.parse_options(["--precision", arguments.precision, "--loss", loss] + (["--data", str(root)] if arguments.data else []))
+        real = ["--data", str(root)] if arguments.data else []
+        o = pix2rep.parse_options(["--precision", arguments.precision, "--loss", loss, *real])
         pix2rep.resolve(o, cases)
         spent = pix2rep_shares(o, dataset, device)
         total = sum(spent.values())
         ours = sum(spent[k] for k in ("phi on the maps: choose pixels", "loss", "backward of phi and loss"))
-        print(f"\nPix2Rep, {loss}, {o.pretrain_batch} slices of {o.size}x{o.size}, two views each, width {o.width}, D {o.dim}, d {o.projection}, "
-              f"{o.precision}: {o.pretrain_batch / total:.0f} slices a second; loss and warp of the maps {100 * ours / total:.1f} % of a step")
+        print(f"\nPix2Rep, {loss}, {o.pretrain_batch} slices of {o.size}x{o.size}, two views each, width {o.width}, D {o.dim}, "
+              f"d {o.projection}, {o.precision}: {o.pretrain_batch / total:.0f} slices a second; loss and warp of the maps "
+              f"{100 * ours / total:.1f} % of a step")
         for key, seconds in spent.items():
             print(f"  {key:32} {1000 * seconds:7.1f} ms  {100 * seconds / total:5.1f} %")
     for name, loss, sizes in (("InfoNCE", lambda z: pix2rep.info_nce_loss(*z, .1), (250, 500, 1000, 2000, 4000)),
                               ("Barlow Twins", lambda z: pix2rep.barlow_twins_loss(*z, 5e-3), (1000, 4000, 16000, 64000))):
-        print(f"\n{name}, forward and backward, d = 64\n pixels   seconds   memory kept   pixels x pixels would be")
+        print(f"\n{name}, forward and backward, d = 64 (memory: what the forward pass keeps for the backward pass)\n"
+              " pixels   seconds     memory   a matrix of 2n x 2n")
         for n in sizes:
             z = torch.randn(2, n, 64, device=device, requires_grad=True)
             seconds, megabytes = saved_megabytes(lambda: loss(z))
-            print(f"{n:7} {seconds:9.4f} {megabytes:10.1f} MB {4 * n ** 2 / 1e6:20.0f} MB")
+            print(f"{n:7} {seconds:9.4f} {megabytes:7.1f} MB {4 * (2 * n) ** 2 / 1e6:12.0f} MB")
 
 
 def main():
