@@ -351,6 +351,20 @@ def consistency_loss(logits, target):
     return (logits.softmax(1) - target).square().sum(1).mean()
 
 
+def agreement(student, teacher, dataset, unlabelled, n, o, device):
+    """The consistency loss on n unlabelled slices; the teacher sees them without the change of intensities.
+
+    They go through the student apart from the labelled slices: in one batch, batch normalisation would tell the two apart.
+    """
+    pick = unlabelled[torch.randint(len(unlabelled), (n,)).numpy()]
+    x = warp(dataset.image(pick, device), spatial_grid(n, o.size, o.rotation, device))       # [n, C, S, S]
+    x, x_t = (v.contiguous(memory_format=torch.channels_last) for v in (x, photometric(x)))
+    with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
+        with torch.no_grad():
+            target = teacher(x).float().softmax(1)                         # [n, K, S, S]
+        return consistency_loss(student(x_t).float(), target)
+
+
 def finetune(name, dataset, numbers, unlabelled, classes, seed, o, device, out, start=None, mean_teacher=False):
     """Train a U-Net on the labelled slices `numbers`, from scratch or from `start` (what pretrained.pt holds).
 
@@ -373,20 +387,14 @@ def finetune(name, dataset, numbers, unlabelled, classes, seed, o, device, out, 
     for step in bar:
         set_rate(optimiser, step, o.steps)
         image, label = labelled_batch(dataset, numbers, o.batch - U, o, device)              # [B - U, C, S, S], [B - U, S, S]
-        if mean_teacher:
-            pick = unlabelled[torch.randint(len(unlabelled), (U,)).numpy()]
-            x = warp(dataset.image(pick, device), spatial_grid(U, o.size, o.rotation, device))              # [U, C, S, S]
-            image = torch.cat([image, photometric(x).contiguous(memory_format=torch.channels_last)])        # [B, C, S, S]
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            logits = unet(image).float()                                   # [B, K, S, S]
-        ce, dice = F.cross_entropy(logits[:len(label)], label), common.dice_loss(logits[:len(label)], label)
+            logits = unet(image).float()                                   # [B - U, K, S, S]
+        ce, dice = F.cross_entropy(logits, label), common.dice_loss(logits, label)
         loss, row = ce + dice, dict(cross_entropy=ce.item(), cross_entropy_chance=math.log(classes), dice_loss=dice.item())
         if mean_teacher:
-            with torch.no_grad(), torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-                target = teacher(x.contiguous(memory_format=torch.channels_last)).float().softmax(1)        # [U, K, S, S]
+            L_MT = agreement(unet, teacher, dataset, unlabelled, U, o, device)
             ramp = math.exp(-5 * (1 - min(1, step / (.4 * o.steps))) ** 2) # over the first 40 % of the steps
-            row["consistency"] = (L_MT := consistency_loss(logits[len(label):], target)).item()
-            loss = loss + o.teacher_weight * ramp * L_MT
+            loss, row["consistency"] = loss + o.teacher_weight * ramp * L_MT, L_MT.item()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
