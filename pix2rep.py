@@ -116,7 +116,7 @@ def parse_options(arguments=None):
     fine.add_argument("--mean-teacher", action="store_true", help="also fine-tune with Mean Teacher, pre-trained and scratch; "
                       "with --resume it adds these rows to a finished run")
     fine.add_argument("--teacher-alpha", type=float, default=.99, help="decay of the teacher (v2: not known)")
-    fine.add_argument("--teacher-weight", type=float, default=1., help="of the consistency, after its ramp (v2: not known)")
+    fine.add_argument("--teacher-weight", type=float, default=5., help="of the consistency, after its ramp (v2: not known)")
     if p.parse_args(arguments).paper:
         p.set_defaults(**PAPER)
     return p.parse_args(arguments)
@@ -571,7 +571,7 @@ def draw_all(dataset, cases, split, o, device, out, start, summary):
 # ------------------------------------------------------------------------------------------------ main
 
 # The phantom stays below 3 minutes on 2 cores, so its pre-training is too short to be more than a demonstration.
-PHANTOM = dict(seeds=[0], pretrain_steps=250, steps=240, probe_steps=100, spacing=2.5, size=64)
+PHANTOM = dict(seeds=[0], pretrain_steps=200, steps=160, probe_steps=60, spacing=2.5, size=64)
 REAL = dict(seeds=[0, 1, 2], pretrain_steps=3000, steps=1200, probe_steps=300)
 # --paper: the published configuration; 32800 steps of 8 are 200 epochs of the 1312 slices of ACDC's 70 training patients
 PAPER = dict(width=64, depth=5, dim=1024, projection=256, size=128, spacing=1.5, pretrain_batch=8, pretrain_steps=32800,
