@@ -443,6 +443,9 @@ def test_bad_options(finished, phantom, tmp_path):
     refused(go("--scratch", tmp_path / "no"), "--scratch", "not the folder of a run")
     refused(go("--labelled", 99), "--labelled 99", "only")
     refused(go("--init", out / "pix2rep_n1_s0.pt"), "no weights to start from")
+    refused(go("--init", out / "pretrained.pt", "--dim", 16), "dim = 8, now 16")
+    common.save_checkpoint(work / "sal.pt", method="sal", options={}, unet={}, parts=["encoder"])
+    refused(go("--init", work / "sal.pt"), "checkpoint of sal, not of pix2rep")
     assert not (tmp_path / "o").exists()
     refused(run("pix2rep.py", "--predict", "x.nii", "--checkpoint", out / "pretrained.pt"), "no segmentation head", "pix2rep_n7_s0.pt")
 
