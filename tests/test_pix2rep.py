@@ -128,6 +128,7 @@ def test_collapse_indicators():
     assert found_partners(torch.ones(300, 16), torch.ones(300, 16)) == pytest.approx(1 / 300)
     assert effective_rank(z) > 15 and effective_rank(torch.ones(300, 16)) <= 1.01
     assert effective_rank(torch.randn(300, 1) * torch.ones(1, 16)) == pytest.approx(1, abs=.01)
+    assert effective_rank(z + 50) == pytest.approx(effective_rank(z), abs=.01)                           # about the mean
     square = torch.tensor([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])                              # two equal singular values
     assert effective_rank(square) == pytest.approx(2, abs=1e-3)
 
