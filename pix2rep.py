@@ -195,6 +195,15 @@ class Backbone(nn.Module):
         return self.widen(x.flatten(0, 2)).unflatten(0, x.shape[:3]).movedim(-1, 1)
 
 
+def load_backbone(channels, o, start=None):
+    """f with the weights that pretrained.pt holds (`start`), or random."""
+    f = Backbone(channels, o)
+    if start:
+        common.load_weights(f.unet, start["unet"], start["parts"])
+        f.widen.load_state_dict(start["widen"])
+    return f
+
+
 def projector(o):
     """g: a two-layer perceptron on the vectors of pixels [n, D] -> [n, d]; on a map this would be two 1x1 convolutions."""
     return nn.Sequential(nn.Linear(o.dim, o.projection, bias=False), nn.BatchNorm1d(o.projection), nn.ReLU(),
@@ -310,10 +319,7 @@ def set_rate(optimiser, step, steps):
 def linear_probe(name, dataset, numbers, unlabelled, classes, seed, o, device, out, start=None):
     """Train a 1x1 head on the frozen maps f(x), pre-trained or random; returns the network f, head."""
     torch.manual_seed(seed)
-    f, head = Backbone(dataset.info["channels"], o), nn.Conv2d(o.dim, classes, 1)
-    if start:
-        common.load_weights(f.unet, start["unet"], start["parts"])
-        f.widen.load_state_dict(start["widen"])
+    f, head = load_backbone(dataset.info["channels"], o, start), nn.Conv2d(o.dim, classes, 1)
     f = f.to(device, memory_format=torch.channels_last)
     head.to(device)
     if not start:                                                          # a random f has no batch statistics of its own
@@ -479,11 +485,8 @@ def build(content):
 def pixel_embeddings(images, o, device, start=None):
     """f(x) with unit length [V, D, S, S] of slices [V, C, S, S], of a random backbone or of what pretrained.pt holds."""
     torch.manual_seed(1000)
-    f = Backbone(images.shape[1], o)
-    if start:
-        common.load_weights(f.unet, start["unet"], start["parts"])
-        f.widen.load_state_dict(start["widen"])
-    f = f.to(device).train(not start)                                      # a random backbone has batch statistics only
+    f = load_backbone(images.shape[1], o, start).to(device)
+    f.train(not start)                                                     # a random backbone has batch statistics only
     return F.normalize(f(images).float(), dim=1).cpu()
 
 
@@ -624,7 +627,7 @@ def expected_seconds(dataset, cases, o, device, n_scored):
     step = common.step_seconds(unet, torch.rand(o.batch, cases.channels, o.size, o.size, device=device), o.dtype)
     each = len(o.labelled) * len(o.seeds)                                  # networks of one row
     rows = (1 if o.scratch else 2) * each
-    # as measured, in this step's time: pre-training on 2B views, fine-tuning, a third for the frozen probe; 0.12 s a volume
+    # rough factors, in this step's time: pre-training on 2B views, fine-tuning, the frozen probe; 0.12 s a volume
     fits = rows * (1.25 * o.steps + .6 * o.probe_steps + o.mean_teacher * 1.4 * o.steps)
     pre = (2.8 if o.loss == "infonce" else 4.) * o.pretrain_steps * o.pretrain_batch / o.batch * (not o.init)
     return step * (pre + fits) + rows * (2 + o.mean_teacher) * n_scored * .12

@@ -134,6 +134,7 @@ def saved_megabytes(function):
 
 
 def pix2rep_tables(arguments, root, cases, dataset, device):
+    """Print where a step of Pix2Rep goes, for both losses, and each loss's cost against the number of pixels."""
     for loss in ("infonce", "barlow"):
         real = ["--data", str(root)] if arguments.data else []
         o = pix2rep.parse_options(["--precision", arguments.precision, "--loss", loss, *real])
