@@ -240,7 +240,8 @@ def prepare(cases, target, size, cache):
         _write_slices(cases, target, size, partial)
         os.replace(partial, folder)
     except OSError as error:
-        raise DataError(f"{partial}: cannot write the cache ({error.strerror}); free space or give --cache") from None
+        if not (folder / "index.json").is_file():                          # else another run was faster, and made the same
+            raise DataError(f"{partial}: cannot write the cache ({error.strerror}); free space or give --cache") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return SliceDataset(folder)
@@ -448,7 +449,9 @@ def load_start(path, unet):
     if "parts" not in start:
         raise DataError(f"{path}: holds no weights to start from; give a pretrained.pt")
     taken, fresh = load_weights(unet, start["unet"], start["parts"])
-    print(f"{path}: {start['method']} gives {len(taken)} tensors ({', '.join(start['parts'])}), {len(fresh)} start fresh")
+    layers = dict.fromkeys(".".join(k.split(".")[:-1][:3]) for k in fresh) # as decoder.blocks.3 or head, each once
+    print(f"{path}: {start['method']} gives {len(taken)} tensors ({', '.join(start['parts'])}); {len(fresh)} start fresh "
+          f"({', '.join(layers)})")
     return start
 
 

@@ -17,6 +17,9 @@ TINY_PIX2REP = ["--size", "32", "--spacing", "5", "--width", "4", "--dim", "8", 
                 "--pretrain-steps", "6", "--pretrain-batch", "4", "--steps", "4", "--probe-steps", "4", "--batch", "4",
                 "--labelled", "1", "--save-every", "2"]
 
+TINY_MACL = ["--size", "32", "--spacing", "5", "--width", "4", "--pretrain-size", "64", "--pretrain-steps", "6", "--pretrain-batch", "4",
+             "--steps", "4", "--batch", "4", "--labelled", "1", "--save-every", "2"]
+
 
 def run(script, *arguments, cwd=ROOT, **kwargs):
     """Run a script in a new process; returns what subprocess does, with text output."""
