@@ -14,29 +14,30 @@ their volumes are positives. No label is used. Then few labels fine-tune the U-N
 
 Paper, code, and what we chose. [paper]: stated there; [code]: the authors' published code, of which only pre-training works;
 [PCL]: Zeng et al., MICCAI 2021, the base method; [ours]: silent there, or changed by us.
- 1. Z^g, the dominant branch's image-level vector: Eq. 7 takes it from the encoder, Eq. 4, Fig. 2 and the code from the decoder's
+ 1. Z^g, the dominant branch's image-level vector: Eq. 7 takes it from the encoder; Eq. 4, Fig. 2 and the code from the decoder's
     output, as we do. `--eq7` takes the other.
  2. tau = 0.1 [paper]; the code's constant factor tau / 0.07 of the loss is dropped [ours].
- 3. Eq. 9 sums over the anchors i, the code averages, and so do we; then L_g, L_d and their chance ln(2N - 1) do not grow with N.
- 4. Positives: |pos_i - pos_j| < threshold; 0.1 on CHD, 0.05 on BraTS [code], 0.35 on ACDC [PCL]. A slice's other branch is at the
-    same position, so no anchor is without a positive.
- 5. Z^l is the decoder's output as it is; only the auxiliary branch has a g_pix, two (3x3 convolution, normalisation, LeakyReLU)
-    [code]. g_ins: average pool, linear, ReLU, linear to 128; one each [code]. With 0 decoder blocks both branches are the same
-    network and share g_ins, which makes the script PCL [ours].
- 6. T_fix, the change of intensities in every view, is the identity, as the paper found best; `--photometric` uses ours. T_var moves
-    V1 and V2 by translation, rotation, scale [paper]; how far is not known to us: +-10 % of half the width, 0.5 rad, e^+-0.25 [ours].
- 7. down is bilinear, for images as for maps [code: for maps]. k decoder blocks double the size k times, so the scale is 1 / 2^k.
- 8. Small images: 96 x 96 / 4 = 24, and 24 cannot be halved four times. We pre-train on a larger crop of the same pixel size, 128 x 128
-    (`--pretrain-size`, a multiple of 2^(4 + k)), where the dominant branch has maps of 32 to 2 pixels, and fine-tune on 96 x 96 like
-    the other methods [ours]. 64 x 64 works as well and leaves one pixel at the bottom.
+ 3. Eq. 9 sums over the anchors i; the code averages, and so do we: L_g, L_d and their chance ln(2N - 1) do not grow with N.
+ 4. Positives: |pos_i - pos_j| < threshold; 0.1 on CHD, 0.05 on BraTS [code], 0.35 on ACDC [PCL]. A slice's other branch is at
+    the same position, so no anchor is without a positive.
+ 5. Z^l is the decoder's output as it is; only the auxiliary branch has a g_pix: two (3x3 convolution, normalisation, LeakyReLU)
+    [code]. g_ins: average pool, linear, ReLU, linear to 128 [code]. With 0 decoder blocks both branches are the same network and
+    share g_ins, which makes the script PCL [ours].
+ 6. T_fix, the change of intensities in every view, is the identity, which the paper found best; `--photometric` uses ours.
+    T_var moves V1 and V2 by translation, rotation, scale [paper]; +-10 % of half the width, 0.5 rad, e^+-0.25 [ours].
+ 7. down is bilinear [code: for maps; ours: for images]. k decoder blocks double the size k times, so the scale is 1 / 2^k.
+ 8. Small images: 96 / 4 = 24 pixels cannot be halved four times. We pre-train on a larger crop of the same pixel size, 128 x 128
+    (`--pretrain-size`, a multiple of 2^(4 + k)), where the dominant branch has maps of 32 to 2 pixels, and fine-tune on 96 x 96
+    like the other methods [ours]. 64 x 64 works as well and leaves one pixel at the bottom.
  9. Pre-training: SGD 0.1, cosine, batch 16, 100 epochs [paper], 0.01 [code]; AdamW 1e-3 (`--sgd` for the paper's) [ours].
 10. Weights taken: encoder and the k decoder blocks [paper]. Fine-tuning: Adam 5e-4 to 5e-6, cross-entropy, batch 5, 100 epochs
     [paper]; AdamW, cross-entropy + Dice, new layers 2e-3, taken ones slower [ours].
 11. The code's "test" list also picks the best epoch. Here the last checkpoint is scored; test patients choose nothing [ours].
-12. U-Net of width 32, ACDC at 1.25 mm, 352 x 352 [paper]; --paper uses 384, which can be halved often enough [ours].
+12. U-Net of width 32 [code], ACDC at 1.25 mm, 352 x 352 [paper]; --paper uses 384, which can be halved often enough [ours].
 13. One pre-training serves all seeds, so the spread over seeds is that of fine-tuning [ours].
 
-Letters: N slices in a batch, C channels, S network size, k decoder blocks, h, w size of the dense maps (S / 16), K classes.
+Letters: N slices in a batch, C channels, S network size, k decoder blocks, h, w size of the dense maps (S / 16),
+P = hw their pixels, V slices in a figure, K classes.
 """
 import argparse, math, sys, time
 from pathlib import Path
@@ -71,8 +72,8 @@ def parse_options(arguments=None):
     run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints for --resume")
     run.add_argument("--init", help="skip pre-training: start from this pretrained.pt, of any method (the rows "
                      "are still named macl)")
-    run.add_argument("--scratch", metavar="RUN", help="read the rows from scratch out of this finished run of any method: they do "
-                     "not depend on pre-training")
+    run.add_argument("--scratch", metavar="RUN", help="read the rows from scratch out of this finished run of any method: "
+                     "they do not depend on pre-training")
     run.add_argument("--paper", action="store_true", help="the published configuration, for a GPU; other options still win")
     run.add_argument("--predict", nargs="+", metavar="IMAGE", help="segment these NIfTI files with --checkpoint into --out")
     run.add_argument("--checkpoint", help="a fine-tuned network, for --predict")
@@ -90,16 +91,16 @@ def parse_options(arguments=None):
     pre.add_argument("--pretrain-batch", type=int, default=16, help="N, slices a step (paper: 16)")
     pre.add_argument("--pretrain-lr", type=float, default=1e-3, help="AdamW, cosine to 0 (paper: SGD 0.1; code: 0.01)")
     pre.add_argument("--sgd", action="store_true", help="pre-train by SGD with momentum 0.9, as the paper, instead of AdamW")
-    pre.add_argument("--decoder-blocks", type=int, default=2, help="k, blocks of the decoder in the dominant branch, whose image is "
-                     "scaled by 1 / 2^k (paper: 2)")
+    pre.add_argument("--decoder-blocks", type=int, default=2, help="k, blocks of the decoder in the dominant branch, whose "
+                     "image is scaled by 1 / 2^k (paper: 2)")
     pre.add_argument("--lambda1", type=float, default=1., help="weight of L_g (paper: 1)")
     pre.add_argument("--lambda2", type=float, default=.5, help="weight of L_d (paper: 0.5)")
     pre.add_argument("--lambda3", type=float, default=1., help="weight of L_ER (paper: 1)")
-    pre.add_argument("--threshold", type=float, help="largest difference in position of positives, of the volume's length (code: "
-                     "0.1; PCL: 0.35 on ACDC; default: 0.35 on ACDC and the phantom, else 0.1)")
+    pre.add_argument("--threshold", type=float, help="largest difference in position of positives, of the volume's length "
+                     "(code: 0.1; PCL: 0.35 on ACDC; default: 0.35 on ACDC and the phantom, else 0.1)")
     pre.add_argument("--temperature", type=float, default=.1, help="tau (paper: 0.1)")
     pre.add_argument("--pretrain-rotation", type=float, default=.5, help="largest rotation of T_var in rad (paper: not known)")
-    pre.add_argument("--photometric", action="store_true", help="change the intensities of every view (paper: identity was best)")
+    pre.add_argument("--photometric", action="store_true", help="change the intensities of every view (paper: the identity)")
     pre.add_argument("--eq7", action="store_true", help="Z^g from the encoder, as Eq. 7 has it, instead of the decoder")
     fine = p.add_argument_group("fine-tuning; steps, batch, rotation and --lr are the same for scratch")
     fine.add_argument("--steps", type=int, help="optimiser steps (paper: 100 epochs)")
@@ -153,11 +154,12 @@ def global_contrastive_loss(z_a, z_b, position, threshold, temperature):
 def dense_contrastive_loss(z_a, z_b, position, threshold, temperature):
     """L_d, Eq. (10): L_g at every pixel s of the maps, across the 2N samples of the batch; then the mean over pixels.
 
-    z_a = Z^l, z_b = Z~^l [N, C, h, w], before normalisation; position [N]. A scalar, chance level ln(2N - 1). All pixels at once:
-    S = hw matrices of 2N x 2N. Raises ValueError if threshold <= 0.
+    z_a = Z^l, z_b = Z~^l [N, C, h, w], before normalisation; position [N]. A scalar, chance level ln(2N - 1). All pixels at
+    once: P = hw matrices of 2N x 2N. Raises ValueError if threshold <= 0.
     """
     positive = positive_pairs(position, threshold).to(z_a.device)          # [2N, 2N]
-    z = torch.cat([z_a, z_b]).flatten(2).permute(2, 0, 1)                  # [2N, C, h, w] -> [2N, C, S] -> [S, 2N, C]
+    z = torch.cat([z_a, z_b]).contiguous(memory_format=torch.channels_last)     # [2N, C, h, w], a pixel's channels side by side
+    z = z.flatten(2).permute(2, 0, 1)                                      # [2N, C, P] -> [P, 2N, C]
     return contrastive_loss(z, positive, temperature)
 
 
@@ -177,7 +179,8 @@ class Heads(nn.Module):
     def __init__(self, widths, blocks, eq7, dim=128):
         super().__init__()
         C, C_dec = widths[-1], widths[-1 - blocks]                         # channels of the encoder's and the decoder's output
-        g_ins = lambda n: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, dim), nn.ReLU(), nn.Linear(dim, dim))
+        g_ins = lambda n: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, dim), nn.ReLU(),
+                                        nn.Linear(dim, dim))
         self.g_ins = g_ins(C if eq7 else C_dec)                            # [N, C, h, w] -> [N, 128]
         self.g_ins_aux = g_ins(C) if blocks else self.g_ins                # PCL: one network, one head
         self.g_pix_aux = conv_block(C, C_dec)                              # [N, C, h, w] -> [N, C_dec, h, w]
@@ -196,8 +199,8 @@ def view_batch(dataset, numbers, o, device):
 def branches(unet, heads, views, o):
     """What the losses compare, Eqs. (6) and (7), as a dict of pairs (dominant, auxiliary).
 
-    g: (Z^g, Z~^g) [N, 128]. With lambda2 or lambda3 also l: (Z^l, Z~^l) [N, C, h, w] and y: (Y, Y~), [N, C', h', w'] of the small
-    image and [N, C', h, w] of the full one.
+    g: (Z^g, Z~^g) [N, 128]. With lambda2 or lambda3 also l: (Z^l, Z~^l) [N, C, h, w] and y: (Y, Y~), [N, C', h', w'] of the
+    small image and [N, C', h, w] of the full one.
     """
     I1, I2, V1, V2 = views
     dense = o.lambda2 > 0 or o.lambda3 > 0                                 # PCL needs V alone
@@ -224,8 +227,8 @@ def pretrain(dataset, numbers, o, device, out):
     unet = UNet(dataset.info["channels"], 2, o.width).to(device, memory_format=torch.channels_last)
     heads = Heads(unet.encoder.widths, o.decoder_blocks, o.eq7).to(device, memory_format=torch.channels_last)
     parts = trained_parts(o.decoder_blocks)
-    named = [(k, p) for k, p in unet.named_parameters() if k.startswith(tuple(f"{part}." for part in parts))]
-    parameters = [*(p for _, p in named), *heads.parameters()]
+    own = tuple(f"{part}." for part in parts)
+    parameters = [*(p for k, p in unet.named_parameters() if k.startswith(own)), *heads.parameters()]
     optimiser = (torch.optim.SGD(parameters, o.pretrain_lr, momentum=.9, weight_decay=1e-5) if o.sgd else
                  torch.optim.AdamW(parameters, o.pretrain_lr, weight_decay=1e-5))
     state, step, T = out / "pretraining.pt", 0, o.pretrain_steps
@@ -368,14 +371,14 @@ def draw_branches(dataset, patients, o, device, start, path):
     few.pretrain_batch, few.lambda2 = len(patients), 1.                    # draw the dense maps of PCL as well
     (I1, I2, V1, V2), pick = view_batch(dataset, numbers, few, device)
     pair = branches(unet, heads, (I1, I2, V1, V2), few)
-    scale = F.interpolate(I1, scale_factor=.5 ** o.decoder_blocks, mode="bilinear")
+    I1_small, V1_small = (F.interpolate(x, scale_factor=.5 ** o.decoder_blocks, mode="bilinear") for x in (I1, V1))
     figure, axes = common.new_figure(len(patients), 8)
     for v, row in enumerate(axes):
-        for axis, x, title in ((row[0], I2, "auxiliary: I2"), (row[1], V2, "auxiliary: V2"),
-                               (row[2], scale, f"dominant: I1, {scale.shape[2]} x {scale.shape[3]}"), (row[3], V1, "V1, to be scaled")):
-            common.show(axis, x[v, 0].cpu(), title=title)
-        for axis, maps, title in ((row[4], pair["y"][1], "auxiliary: Y~ = e(I2)"), (row[5], pair["y"][0], "dominant: Y = e(down I1)"),
-                                  (row[6], pair["l"][0], "dominant: Z^l = d(Y)"), (row[7], pair["l"][1], "auxiliary: Z~^l")):
+        for axis, x, title in zip(row, (I2, V2, I1_small, V1_small), ("auxiliary: I2", "auxiliary: V2", "dominant: down(I1)",
+                                                                      "dominant: down(V1)")):
+            common.show(axis, x[v, 0].cpu(), title=f"{title}\n{x.shape[2]} x {x.shape[3]}")
+        for axis, maps, title in zip(row[4:], (pair["y"][1], pair["y"][0], pair["l"][0], pair["l"][1]), (
+                "auxiliary: Y~ = e(I2)", "dominant: Y = e(down(I1))", "dominant: Z^l = d(Y)", "auxiliary: Z~^l")):
             axis.imshow(heat(maps)[v], cmap="magma", vmin=0, vmax=1)
             axis.set_title(f"{title}\n{maps.shape[2]} x {maps.shape[3]}", fontsize=8)
     common.save_figure(figure, path)
@@ -422,8 +425,8 @@ def draw_all(dataset, large, cases, split, o, device, out, start, summary):
 PHANTOM = dict(seeds=[0], pretrain_steps=300, steps=240, taken_lr=1e-3, spacing=2.5, size=64)
 REAL = dict(seeds=[0, 1, 2], pretrain_steps=8000, steps=1200, taken_lr=5e-4)
 # --paper: the published configuration as far as it is known; 384 for its 352 pixels, 8200 steps of 16 for 100 epochs of ACDC
-PAPER = dict(width=32, spacing=1.25, size=384, pretrain_size=384, pretrain_batch=16, pretrain_steps=8200, pretrain_lr=.1, sgd=True,
-             batch=5, lr=5e-4, taken_lr=5e-4)
+PAPER = dict(width=32, spacing=1.25, size=384, pretrain_size=384, pretrain_batch=16, pretrain_steps=8200, pretrain_lr=.1,
+             sgd=True, batch=5, lr=5e-4, taken_lr=5e-4)
 
 
 def resolve(o, cases):
@@ -444,8 +447,8 @@ def resolve(o, cases):
         (not unit, f"--decoder-blocks {k}: use 0 to 4"),
         (o.size % 16 or o.size < 32, f"--size {o.size}: use a multiple of 16, 32 or more"),
         (unit and (o.pretrain_size % unit or o.pretrain_size < max(unit, 32)),
-         f"--pretrain-size {o.pretrain_size}: --decoder-blocks {k} scales it by 1/{2 ** k}, and the encoder halves that four times; "
-         f"use a multiple of {unit}, or fewer blocks"),
+         f"--pretrain-size {o.pretrain_size}: --decoder-blocks {k} scales it by 1/{2 ** k}, and the encoder halves that four "
+         f"times; use a multiple of {unit}, or fewer blocks"),
         (min(lambdas) < 0 or not any(lambdas), "--lambda1 --lambda2 --lambda3: use 0 or more, and one of them above 0"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (not 0 < o.threshold <= 1, f"--threshold {o.threshold}: use a share of the volume's length in (0, 1]"),
@@ -465,8 +468,8 @@ def expected_seconds(dataset, cases, o, device, n_scored):
     unet = UNet(cases.channels, len(cases.classes), o.width).to(device, memory_format=torch.channels_last)
     step = common.step_seconds(unet, torch.rand(o.batch, cases.channels, o.size, o.size, device=device), o.dtype)
     fits = (1 if o.scratch else 2) * len(o.labelled) * len(o.seeds)
-    # as measured: the encoder on one full image, 0.43 of this step an image and pixel; PCL sees two, MACL two and two small ones
-    views = 2 * (1 + .25 ** o.decoder_blocks) / 2 if o.lambda2 or o.lambda3 else 1 + .25 ** o.decoder_blocks
+    # roughly: the encoder on one full image is 0.43 of this step; a full image and a small one, and twice that with L_d or L_ER
+    views = (1 + .25 ** o.decoder_blocks) * (2 if o.lambda2 or o.lambda3 else 1)
     pre = .43 * views * o.pretrain_steps * o.pretrain_batch / o.batch * (o.pretrain_size / o.size) ** 2 * (not o.init)
     return step * (pre + 1.25 * fits * o.steps) + fits * n_scored * .12
 

@@ -4,7 +4,9 @@
 2. Time and memory of WLA, forward and backward, against r: the paper's (hw)^2 / r^2.
 3. Pix2Rep: the share of a step spent on loss and warp (aim: at most 25 %), time and memory of InfoNCE against n, and of Barlow
    Twins against the number of pixels.
-4. The start: preparing a dataset, and opening the prepared one.
+4. MACL: the dense loss as one batched product against the same loss as a loop over pixels (aim: at least 20 times faster) and its
+   memory; the share of a step outside forward, losses, backward and optimiser (aim: at most 10 %).
+5. The start: preparing a dataset, and opening the prepared one.
 """
 import argparse, sys, tempfile, time
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 
 import common
 import data
+import macl
 import pix2rep
 import sal
 
@@ -157,6 +160,63 @@ def pix2rep_tables(arguments, root, cases, dataset, device):
             print(f"{n:7} {seconds:9.4f} {megabytes:7.1f} MB {4 * (2 * n) ** 2 / 1e6:12.0f} MB")
 
 
+def dense_loss_by_loop(z_a, z_b, position, threshold, temperature):
+    """L_d as a loop over pixels, each of them one L_g, as the authors' code computes it."""
+    h, w = z_a.shape[2:]
+    pixels = [macl.global_contrastive_loss(z_a[:, :, y, x], z_b[:, :, y, x], position, threshold, temperature)
+              for y in range(h) for x in range(w)]
+    return torch.stack(pixels).mean()
+
+
+def macl_shares(o, dataset, device, steps=20):
+    """Seconds a step in each part of MACL's pre-training: the lines of `macl.pretrain`, each part timed."""
+    unet = common.UNet(1, 2, o.width).to(device, memory_format=torch.channels_last)
+    heads = macl.Heads(unet.encoder.widths, o.decoder_blocks, o.eq7).to(device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW([*unet.encoder.parameters(), *unet.decoder.parameters(), *heads.parameters()], 1e-3)
+    numbers = np.arange(len(dataset.volume))
+    spent = dict.fromkeys(["sample, read, augment", "forward", "losses", "backward", "optimiser"], 0.)
+    for step in range(steps + 3):
+        marks = [clock(device)]
+        mark = lambda: marks.append(clock(device))
+        views, pick = macl.view_batch(dataset, numbers, o, device)
+        mark()
+        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
+            pair = macl.branches(unet, heads, views, o)
+        mark()
+        position = torch.from_numpy(dataset.position[pick])
+        loss = (o.lambda1 * macl.global_contrastive_loss(*pair["g"], position, o.threshold, o.temperature)
+                + o.lambda2 * macl.dense_contrastive_loss(*pair["l"], position, o.threshold, o.temperature)
+                + o.lambda3 * macl.equivariant_loss(*pair["y"]))
+        mark()
+        optimiser.zero_grad()
+        loss.backward()
+        mark()
+        optimiser.step()
+        mark()
+        if step >= 3:
+            for key, seconds in zip(spent, np.diff(marks)):
+                spent[key] += seconds / steps
+    return spent
+
+
+def macl_tables(arguments, root, cases, device, cache):
+    """Print the dense loss against its loop at the paper's size, and where a step of MACL goes."""
+    z, position = torch.randn(2, 16, 128, 32, 32, device=device, requires_grad=True), torch.rand(16)
+    print("\nL_d, forward and backward, batch 16, 32 x 32 positions, 128 channels\n              seconds     memory   times faster")
+    loop = saved_megabytes(lambda: dense_loss_by_loop(*z.unbind(0), position, .35, .1))
+    once = saved_megabytes(lambda: macl.dense_contrastive_loss(*z.unbind(0), position, .35, .1))
+    for name, (seconds, megabytes) in (("loop", loop), ("batched", once)):
+        print(f"{name:10} {seconds:10.4f} {megabytes:7.1f} MB {loop[0] / seconds:12.1f}")
+    o = macl.parse_options(["--precision", arguments.precision] + (["--data", str(root)] if arguments.data else []))
+    macl.resolve(o, cases)
+    spent = macl_shares(o, common.prepare(cases, o.spacing, o.pretrain_size, cache), device)
+    total = sum(spent.values())
+    print(f"\nMACL, {o.pretrain_batch} slices of {o.pretrain_size}x{o.pretrain_size}, {o.precision}: {o.pretrain_batch / total:.0f} "
+          "slices a second")
+    for key, seconds in spent.items():
+        print(f"  {key:24} {1000 * seconds:7.1f} ms  {100 * seconds / total:5.1f} %")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", help="a dataset (default: the phantom)")
@@ -188,6 +248,7 @@ def main():
             seconds, megabytes = wla_cost(r, device)
             print(f"{r:3} {seconds:9.4f} {seconds / base[0]:10.3f} {megabytes:17.1f} MB {megabytes / base[1]:10.4f}")
         pix2rep_tables(arguments, root, cases, dataset, device)
+        macl_tables(arguments, root, cases, device, Path(folder) / "cache")
 
 
 if __name__ == "__main__":

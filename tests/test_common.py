@@ -202,6 +202,20 @@ def test_cache_is_used_and_made_anew(plain, monkeypatch):
     assert not list((plain / "cache").glob("*partial*"))
 
 
+def test_two_runs_prepare_at_once(plain, monkeypatch):
+    """While one run writes its slices another finishes the same ones: both go on with them."""
+    cases, write = data.find_cases(plain / "d"), common._write_slices
+
+    def slow(*arguments):
+        monkeypatch.setattr(common, "_write_slices", write)
+        with monkeypatch.context() as other:
+            other.setattr(common.os, "getpid", lambda: 1)
+            common.prepare(cases, 2., 32, plain / "cache")
+        write(*arguments)
+    monkeypatch.setattr(common, "_write_slices", slow)
+    assert len(common.prepare(cases, 2., 32, plain / "cache").images) == 15 and not list((plain / "cache").glob("*partial*"))
+
+
 # ------------------------------------------------------------------------------------------------ augmentation
 
 def test_spatial_grid_identity_and_one_transform_for_image_and_label():

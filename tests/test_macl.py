@@ -232,6 +232,44 @@ def test_pretrained_weights_reach_the_fine_tuned_network(phantom, setting, tmp_p
             assert k.startswith("head") or torch.equal(start["unet"][k], before[k])                                 # not trained
 
 
+def test_every_weight_counts_and_taken_layers_have_their_own_rate(phantom, setting, tmp_path):
+    _, cases, dataset = setting
+    weights = {}
+    for n, extra in enumerate(([], ["--lambda1", 0], ["--lambda2", 0], ["--lambda3", 0])):
+        o, _ = options(phantom, "--pretrain-size", 32, "--decoder-blocks", 1, "--pretrain-steps", 1, *extra)
+        macl.pretrain(dataset, np.arange(20), o, CPU, tmp_path)
+        weights[n] = common.load_checkpoint(tmp_path / "pretrained.pt")["heads"]
+    for n, key in enumerate(("g_ins.2.weight", "g_pix_aux.0.weight", "g_pix_aux.0.weight"), 1):                     # L_g, L_d move their head,
+        assert torch.equal(weights[0][key], weights[n][key]) == (n == 3), n                                         # L_ER has none
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"g", "d", "ER"} <= set(log[0])
+    start = common.load_checkpoint(tmp_path / "pretrained.pt")
+    o, _ = options(phantom, "--taken-lr", 0)
+    tuned = macl.finetune("x", dataset, np.arange(10), 4, 0, o, CPU, tmp_path, start)
+    assert all(torch.equal(p, start["unet"][k]) == k.startswith(("encoder.", "decoder.ups.0.", "decoder.blocks.0."))
+               for k, p in tuned.named_parameters())
+
+
+def test_equivariance_trains_the_encoder(phantom, setting, tmp_path):
+    """L_ER alone falls when it is trained alone."""
+    _, _, dataset = setting
+    o, _ = options(phantom, "--pretrain-size", 32, "--decoder-blocks", 1, "--pretrain-steps", 60, "--lambda1", 0, "--lambda2", 0)
+    macl.pretrain(dataset, np.arange(20), o, CPU, tmp_path)
+    ER = [json.loads(line).get("ER") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert ER[1] < .7 * ER[0]
+
+
+def test_T_var_is_affine(setting):
+    """A ramp of intensities stays a ramp, turned and scaled: no elastic waves."""
+    o, _, dataset = setting
+
+    class Ramp:
+        image = staticmethod(lambda pick, device: torch.arange(64.).expand(len(pick), 1, 64, 64))
+    (_, _, V1, _), _ = macl.view_batch(Ramp, np.arange(20), o, CPU)
+    inner = V1[:, 0, 22:42, 22:42]                                                                                  # reads inside the image
+    assert inner.diff(n=2, dim=1).abs().max() < 1e-3 and inner.diff(n=2, dim=2).abs().max() < 1e-3 < inner.diff(dim=2).abs().max()
+
+
 def test_scratch_is_the_scratch_of_sal(setting, phantom, tmp_path):
     o, cases, dataset = setting
     other = sal.parse_options(["--data", str(phantom), "--size", "32", "--spacing", "5", "--width", "4", "--steps", "4", "--batch", "4",
