@@ -19,7 +19,7 @@ the contrastive loss only and does not run as it stands; [ours]: silent there, o
     at test time too, which leaks the answer. We crop about the image centre and read labels in fine-tuning and scoring only.
  4. No mask in the code: it samples pixels that phi brought in from outside the image as well. We carry a validity mask
     through phi and sample only pixels whose pre-image, with its neighbours for the interpolation, lies inside [ours].
- 5. phi is one affine per image: rotation up to pi/2, crop of side 0.33 to 0.95 at a random place, flips [code]; crop 0.5 to 1
+ 5. phi is one affine per image: rotation up to pi/2, crop of side 0.33 to 0.95 at a random place, flips [code]; crop 0.7 to 1
     [ours]. One grid moves the image and the features.
  6. phi comes after the projector g [code]. g and our widening layer see single pixels, so we put phi before them, on the narrow
     map of the U-Net: the same up to interpolation and batch statistics, and a fraction of the cost [ours].
@@ -102,7 +102,7 @@ def parse_options(arguments=None):
     pre.add_argument("--temperature", type=float, default=.1, help="tau of InfoNCE (code: 0.53)")
     pre.add_argument("--lam", type=float, default=5e-3, help="lambda of Barlow Twins (v2: 5e-3)")
     pre.add_argument("--pretrain-rotation", type=float, default=math.pi / 2, help="largest rotation of phi in rad (code: pi/2)")
-    pre.add_argument("--crop", type=float, nargs=2, default=[.5, 1.], help="side of phi's crop, smallest and largest, of the "
+    pre.add_argument("--crop", type=float, nargs=2, default=[.7, 1.], help="side of phi's crop, smallest and largest, of the "
                      "image's (code: 0.33 0.95)")
     pre.add_argument("--inversion", type=float, default=0., help="probability that t inverts intensities (code: 0.35)")
     fine = p.add_argument_group("linear probing and fine-tuning; steps, batch, rotation and --lr are the same for scratch")
@@ -577,7 +577,7 @@ def draw_all(dataset, cases, split, o, device, out, start, summary):
 
 # The phantom stays below 3 minutes on 2 cores, so its pre-training is too short to be more than a demonstration.
 PHANTOM = dict(seeds=[0], pretrain_steps=200, steps=160, probe_steps=60, spacing=2.5, size=64)
-REAL = dict(seeds=[0, 1, 2], pretrain_steps=3000, steps=1200, probe_steps=300)
+REAL = dict(seeds=[0, 1, 2], pretrain_steps=8000, steps=1200, probe_steps=300)
 # --paper: the published configuration; 32800 steps of 8 are 200 epochs of the 1312 slices of ACDC's 70 training patients
 PAPER = dict(width=64, depth=5, dim=1024, projection=256, size=128, spacing=1.5, pretrain_batch=8, pretrain_steps=32800,
              pretrain_lr=4.7e-4, pixels=1000, temperature=.53, pretrain_rotation=math.pi / 2, crop=[.33, .95], inversion=.35,
