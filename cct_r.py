@@ -368,8 +368,9 @@ def register_all(dataset, volumes, labelled, classes, o):
     goes on. Deterministic: there is nothing random in it.
     """
     shape, step = registration_grid(dataset)
-    made = hashlib.sha1(json.dumps([REGISTRATION_VERSION, dataset.info, volumes, o.stiffness]).encode()).hexdigest()[:16]
-    folder = common.make_folder(Path(o.cache) / f"registration-{made}")
+    data = Path(dataset.images.filename).parent.name                       # the key of the prepared slices: files and options
+    key = hashlib.sha1(json.dumps([REGISTRATION_VERSION, data, volumes, o.stiffness]).encode()).hexdigest()[:16]
+    folder = common.make_folder(Path(o.cache) / f"registration-{key}")
     frames, pairs = {n: Frame(dataset, n, step, classes) for n in labelled}, {}
     jobs = [(n, volumes[b:b + 16]) for n in labelled for b in range(0, len(volumes), 16)]
     moving = {}
@@ -795,7 +796,7 @@ def train(name, dataset, numbers, unlabelled, prior, classes, seed, o, device, o
         loss.backward()
         optimiser.step()
         if step % 50 == 0 or step == T - 1:
-            row = {k: float(v) for k, v in L.items()}
+            row = {k: v.item() for k, v in L.items()}
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()})
             common.log(out, phase=name, step=step, **row, **{f"weight_{k}": v for k, v in weight.items()})
         if not o.no_peek and (step % o.peek_every == 0 or step == T - 1):

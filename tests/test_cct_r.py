@@ -295,3 +295,173 @@ def test_segmentation_and_cross_teaching():
 def test_ramp_and_decay():
     assert [cct_r.ramp_up(t, 100) for t in (0, 50, 100, 200)] == pytest.approx([math.exp(-5), math.exp(-1.25), 1, 1])
     assert [cct_r.decay(t, 100) for t in (0, 50, 100)] == pytest.approx([1, math.exp(-1.25), math.exp(-5)])
+
+
+# ------------------------------------------------------------------------------------------------ registration of a dataset
+
+
+@pytest.fixture(scope="module")
+def setting(phantom, tmp_path_factory):
+    """(options, cases, split, dataset) of the tiny phantom."""
+    o = cct_r.parse_options(["--data", str(phantom), *TINY, "--cache", str(tmp_path_factory.mktemp("cache"))])
+    cases = data.find_cases(phantom)
+    cct_r.resolve(o, cases)
+    return o, cases, data.split_patients(cases), common.prepare(cases, o.spacing, o.size, o.cache)
+
+
+@pytest.fixture(scope="module")
+def registered(setting):
+    o, cases, split, dataset = setting
+    return cct_r.register(dataset, cases, split, 2, o)
+
+
+def test_registration_helps_and_is_cached(setting, registered, monkeypatch):
+    o, cases, split, dataset = setting
+    pairs, frames, volumes, labelled, _ = registered
+    assert set(pairs) == {(u, n) for u in volumes for n in labelled} and len(labelled) == 4
+    judged = [cct_r.peek_registration(dataset, pairs, frames, u, n, 4) for u, n in pairs if u != n]
+    mean = {k: np.mean([r[k] for r in judged]) for k in judged[0]}
+    assert mean["dice_before"] + .2 < mean["dice_affine"] < mean["dice_after"]
+    assert all(float(p["folded"]) < .005 for p in pairs.values())
+    monkeypatch.setattr(cct_r, "register_batch", None)                                                   # a second run must not register
+    again, _ = cct_r.register_all(dataset, volumes, labelled, 4, o)
+    assert all(torch.equal(again[k][name], pairs[k][name]) for k in pairs for name in pairs[k])
+    with pytest.raises(TypeError):
+        cct_r.register_all(dataset, volumes, labelled, 4, cct_r.argparse.Namespace(**{**vars(o), "stiffness": .5}))     # other options do
+
+
+def test_a_volume_is_its_own_best_match_and_its_label_comes_back(setting, registered):
+    _, cases, _, dataset = setting
+    pairs, frames, _, labelled, _ = registered
+    n = labelled[0]
+    image, spacing, numbers = cct_r.stack(dataset, n)
+    back = frames[n].warp_label(pairs[n, n], image.shape[2:], spacing).numpy()
+    assert common.nanmean(common.dice_score(back, dataset.label(numbers).numpy(), [1, 2, 3]).values()) > .9
+    still = dict(A=torch.eye(3, 4), back=torch.zeros_like(pairs[n, n]["back"]))                          # the identity: exactly the label
+    assert np.array_equal(frames[n].warp_label(still, image.shape[2:], spacing).numpy(), dataset.label(numbers).numpy())
+    assert set(np.unique(back)) <= set(range(4))                                                         # label values are kept
+
+
+def test_places_and_partners(setting, registered):
+    o, cases, split, dataset = setting
+    pairs, frames, volumes, labelled, (warped, places) = registered
+    u = next(v for v in volumes if v not in labelled)
+    best = cct_r.best_partner(pairs, frames, u, labelled)
+    assert all(pairs[u, best]["cycle"] <= pairs[u, n]["cycle"] for n in labelled)
+    assert {cct_r.best_partner(pairs, frames, v, labelled, False) for v in volumes} == set(labelled)     # in turn
+    assert cct_r.best_partner(pairs, frames, labelled[0], labelled) != labelled[0]
+    image, spacing, numbers = cct_r.stack(dataset, labelled[0])
+    assert torch.allclose(places[numbers].movedim(1, -1).float(), cct_r.points(image.shape[2:], spacing), atol=.1)   # the common frame itself
+    assert warped[numbers].max() == 0                                                                    # warped labels: for unlabelled volumes only
+    assert warped[cct_r.stack(dataset, u)[2]].max() == 3
+    outside = [i for i in range(len(dataset.volume)) if dataset.volume[i] not in volumes]
+    assert warped[outside].max() == 0 and places[outside].isnan().all()                                  # validation and test: nothing
+
+
+def test_labels_of_unlabelled_volumes_are_not_read(setting, registered, monkeypatch, tmp_path):
+    """With --no-peek a whole training touches the labels of labelled patients alone."""
+    o, cases, split, dataset = setting
+    asked, label = [], common.SliceDataset.label
+    monkeypatch.setattr(common.SliceDataset, "label", lambda self, n, *a: (asked.extend(np.atleast_1d(n)), label(self, n, *a))[1])
+    quiet = cct_r.argparse.Namespace(**{**vars(o), "no_peek": True})
+    own, rest = dataset.of_patients(split["labelled"][:1]), dataset.of_patients(split["labelled"][1:])
+    prior = cct_r.register(dataset, cases, split, 1, quiet)[-1]
+    cct_r.train("x", dataset, own, rest, prior, 4, 0, quiet, CPU, tmp_path)
+    assert set(asked) <= set(own) and len(asked) > 0
+
+
+def test_every_part_trains(setting, registered, tmp_path):
+    """Each flag changes the trained network; the losses are logged with their weights."""
+    o, cases, split, dataset = setting
+    own, rest = dataset.of_patients(split["labelled"][:1]), dataset.of_patients(split["labelled"][1:])
+
+    def trained(**flags):
+        some = cct_r.argparse.Namespace(**{**vars(o), "no_peek": True, "reps_weight": 1., "contrast_weight": 1., **flags})
+        return cct_r.train("x", dataset, own, rest, registered[-1], 4, 0, some, CPU, tmp_path).unet.head.weight.detach()
+    full = trained()
+    assert torch.equal(full, trained())
+    for flag in ("no_cross_teaching", "no_rsl", "no_contrast", "no_reps"):
+        assert not torch.equal(full, trained(**{flag: True})), flag
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert first["weight_cross"] == pytest.approx(.1 * math.exp(-5)) and first["weight_RSL"] == pytest.approx(o.rsl_weight)
+    assert {"sup", "cross", "RSL", "contrast", "REPS"} <= set(first)
+
+
+def test_scratch_is_the_scratch_of_sal(setting, phantom, tmp_path):
+    import sal
+    o, cases, _, dataset = setting
+    other = sal.parse_options(["--data", str(phantom), "--size", "32", "--spacing", "5", "--width", "4", "--steps", "4", "--batch", "4",
+                               "--windows", "2"])
+    sal.resolve(other, cases)
+    one = cct_r.finetune("x", dataset, np.arange(10), 4, 0, o, CPU, tmp_path)
+    two = sal.finetune("x", dataset, np.arange(10), 4, 0, other, CPU, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+@pytest.fixture(scope="module")
+def finished(phantom, tmp_path_factory):
+    """A finished tiny run: (its folder, the work folder with the cache, what it printed)."""
+    work = tmp_path_factory.mktemp("work")
+    done = run("cct_r.py", "--data", phantom, *TINY, "--seeds", 0, "--labelled", 1, 2, "--out", "out", cwd=work)
+    assert done.returncode == 0, done.stderr
+    return work / "out", work, done.stdout
+
+
+def test_what_a_run_writes(finished):
+    out, _, printed = finished
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [(r["method"], r["labelled"]) for r in metrics["rows"]] == [(m, n) for n in (1, 2) for m in ("scratch", "cct_r", "cct_r, Swin")]
+    assert {f.name for f in (out / "figures").iterdir()} == {"dice.png", "overlays.png", "registration.png", "correspondences.png",
+                                                              "pseudo_labels.png"}
+    table = list(csv.DictReader((out / "registration.csv").open()))
+    assert len(table) == 8 * 4 - 4 and {"similarity_before", "similarity_after", "dice_before", "dice_after", "folded_percent",
+                                        "cycle_error_mm"} <= set(table[0])
+    assert "rank correlation of cycle error" in printed and "| 2 | cct_r, Swin |" in printed and not list(out.rglob("*partial*"))
+
+
+def test_kill_and_resume(finished, phantom):
+    """Killed with SIGKILL in registration and in training, and resumed: the numbers of the undisturbed run."""
+    out, work, _ = finished
+    command = [sys.executable, str(ROOT / "cct_r.py"), "--data", str(phantom), *TINY, "--seeds", "0", "--labelled", "1", "2", "--out",
+               "killed", "--cache", "cache2"]
+    killed = 0
+    for target in ("../cache2/registration-*/*.pt", "scratch_n1_s0.pt", "training.pt", "cct_r_n1_s0.pt", None):
+        resume = ["--resume"] if (work / "killed").exists() else []
+        before = set((work / "killed").glob(target)) if target else set()
+        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while target and process.poll() is None:
+            if (work / "killed").exists() and set((work / "killed").glob(target)) - before:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+                break
+            time.sleep(.002)
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+    assert killed >= 3 and process.returncode == 0
+    assert (work / "killed/per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
+
+
+def test_options_init_and_scratch(finished, phantom):
+    out, work, _ = finished
+    content = common.load_checkpoint(out / "scratch_n1_s0.pt")
+    common.save_checkpoint(work / "sal.pt", method="sal", options={}, unet=content["unet"], parts=["encoder"])
+    done = run("cct_r.py", "--data", phantom, *TINY, "--seeds", 0, "--no-brs", "--no-peek", "--no-reps", "--precision", "bfloat16", "--init",
+               work / "sal.pt", "--out", "o", cwd=work)
+    assert done.returncode == 0 and "| 1 | cct_r-no_reps-no_brs |" in done.stdout and "sal gives" in done.stdout, done.stderr
+    assert not (work / "o/figures/pseudo_labels.png").exists() and "dice_after" not in (work / "o/registration.csv").read_text()
+    done = run("cct_r.py", "--data", phantom, *TINY, "--seeds", 0, "--no-rsl", "--scratch", "out", "--out", "o2", cwd=work)
+    assert done.returncode == 0 and not (work / "o2/scratch_n1_s0.pt").exists(), done.stderr
+    refused(run("cct_r.py", "--predict", "x.nii", "--checkpoint", work / "sal.pt"), "checkpoint of sal, not of cct_r")
+
+
+def test_bad_options(phantom):
+    cases = data.find_cases(phantom)
+    for words, extra in ((("--size 40",), ["--size", "40"]), (("--batch 5", "half"), ["--batch", "5"]), (("--swin-dim 20", "multiple of 6"), ["--swin-dim", "20"]),
+                         (("--temperature",), ["--temperature", "0"]), (("--block 99",), ["--block", "99"]), (("--bank",), ["--bank", "3"]),
+                         (("not the folder of a run",), ["--scratch", "nowhere"])):
+        with pytest.raises(common.DataError) as error:
+            cct_r.resolve(cct_r.parse_options(["--data", "x", *TINY, *extra]), cases)
+        assert all(w in str(error.value) for w in words)
