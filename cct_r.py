@@ -71,8 +71,8 @@ def parse_options(arguments=None):
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
     run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints for --resume")
     run.add_argument("--init", help="start the U-Net of CCT-R from this pretrained.pt of sal.py, pix2rep.py or macl.py (ours)")
-    run.add_argument("--scratch", metavar="RUN", help="read the rows from scratch (supervised only) out of this finished run of any "
-                     "method")
+    run.add_argument("--scratch", metavar="RUN", help="read the rows from scratch (supervised only) out of this finished "
+                     "run of any method")
     run.add_argument("--paper", action="store_true", help="the published configuration, for a GPU; other options still win")
     run.add_argument("--predict", nargs="+", metavar="IMAGE", help="segment these NIfTI files with --checkpoint into --out")
     run.add_argument("--checkpoint", help="a trained network of a run, for --predict")
@@ -94,7 +94,8 @@ def parse_options(arguments=None):
     reg.add_argument("--no-brs", action="store_true", help="ablation: partners in turn, not by cycle consistency")
     train = p.add_argument_group("training")
     train.add_argument("--steps", type=int, help="optimiser steps, also of the baseline (base: 40000)")
-    train.add_argument("--batch", type=int, default=8, help="slices a step: half labelled, half not; baseline: all labelled (base: 4)")
+    train.add_argument("--batch", type=int, default=8, help="slices a step, half labelled, half not; baseline: all labelled "
+                       "(base: 4)")
     train.add_argument("--lr", type=float, default=2e-3, help="of the U-Net, AdamW, cosine to 0 (base: 5e-4, poly 0.9)")
     train.add_argument("--swin-lr", type=float, default=5e-4, help="of the Swin-UNet, after 5 %% warm-up (base: 1e-4)")
     train.add_argument("--init-lr", type=float, default=1e-3, help="of a U-Net that starts from --init (ours)")
@@ -114,7 +115,7 @@ def parse_options(arguments=None):
     train.add_argument("--bank", type=int, default=4096, help="features of the memory bank (paper: not known)")
     train.add_argument("--anchors", type=int, default=256, help="anchors of REPS a step (paper: not known)")
     train.add_argument("--positives", type=int, default=4, help="positives of an anchor at most (paper: not known)")
-    train.add_argument("--radius", type=float, default=8., help="mm, how near a positive's common place must be (paper: not known)")
+    train.add_argument("--radius", type=float, default=8., help="mm, how near a positive's place must be (paper: not known)")
     if p.parse_args(arguments).paper:
         p.set_defaults(**PAPER)
     return p.parse_args(arguments)
@@ -122,8 +123,8 @@ def parse_options(arguments=None):
 
 # ------------------------------------------------------------------------------------------------ registration: places and values
 
-# Everything in this chapter is in mm. A volume is a stack of prepared slices with voxels of (slice, row, column) mm, and a place is
-# (z, y, x) in mm about the volume's centre, so that volumes of any size and spacing share one kind of coordinate.
+# Everything in this chapter is in mm. A volume is a stack of prepared slices with voxels of (slice, row, column) mm, and a place
+# is (z, y, x) in mm about the volume's centre, so that volumes of any size and spacing share one kind of coordinate.
 
 
 def points(shape, step, centre=0.):
@@ -187,7 +188,8 @@ def register_affine(fixed, weight, p, moving, step, steps=40, keep=4, turn=.5):
     shifts = [torch.linspace(-1, 1, n) * r for n, r in zip((3, 5, 5), reach)]
     start = torch.cartesian_prod(torch.tensor([-turn, 0., turn]), *shifts)                   # [225, 4]: angle, dz, dy, dx
     cos, sin, zero = start[:, 0].cos(), start[:, 0].sin(), torch.zeros(len(start))
-    A = torch.stack([zero + 1, zero, zero, start[:, 1], zero, cos, -sin, start[:, 2], zero, sin, cos, start[:, 3]], 1).view(-1, 3, 4)
+    dz, dy, dx = start[:, 1:].unbind(1)
+    A = torch.stack([zero + 1, zero, zero, dz, zero, cos, -sin, dy, zero, sin, cos, dx], 1).view(-1, 3, 4)   # [225, 3, 4]
 
     def similarity(A, number):                                             # [b, 3, 4], [b] -> [b]
         m, w = sample(moving[number], move(A, p), step).split(1, 1)        # [b, 1, Z, Y, X] each
@@ -254,7 +256,8 @@ def register_deformable(fixed, moving, weight, step, levels=(9, 15), steps=40, s
 
 
 def jacobian(u, shape, step):
-    """Determinants [B, Z-1, Y-1, X-1] of the Jacobian of x -> x + u(x): below 0 where space is turned inside out; u [B, 3, z, y, x]."""
+    """Determinants of the Jacobian of x -> x + u(x), below 0 where space is turned inside out: [B, 3, z, y, x] (mm) on a grid of
+    `shape` with voxels of `step` mm -> [B, Z-1, Y-1, X-1]."""
     d = F.interpolate(u, shape, mode="trilinear")                          # [B, 3, Z, Y, X]
     J = torch.stack([d.diff(dim=2)[..., :-1, :-1] / step[0], d.diff(dim=3)[:, :, :-1, :, :-1] / step[1],
                      d.diff(dim=4)[:, :, :-1, :-1] / step[2]], -1)         # [B, 3, Z-1, Y-1, X-1, 3]
@@ -262,7 +265,7 @@ def jacobian(u, shape, step):
 
 
 def folded(u, shape, step):
-    """Share of folded voxels [B] of displacements u [B, 3, z, y, x] (mm) on a grid of `shape` with voxels of `step` mm."""
+    """Share of voxels [B] that x -> x + u(x) folds; arguments as those of `jacobian`."""
     return (jacobian(u, shape, step) <= 0).float().mean((1, 2, 3))
 
 
@@ -294,7 +297,8 @@ def registration_grid(dataset):
 
 
 def on_grid(image, spacing, p):
-    """The volume [1, 1, V, S, S] at half its size in plane, at the places p [Z, Y, X, 3]: image and mask of the scan [1, 2, Z, Y, X]."""
+    """The volume [1, 1, V, S, S] at half its size in plane, at the places p [Z, Y, X, 3]: image and mask of the scan,
+    [1, 2, Z, Y, X]."""
     half = F.avg_pool3d(image, (1, 2, 2))                                  # [1, 1, V, S/2, S/2]
     w = inside(p[None], image.shape[2:], spacing)                          # [1, 1, Z, Y, X]
     return torch.cat([sample(half, p[None], (spacing[0], 2 * spacing[1], 2 * spacing[2]), padding="border") * w, w], 1)
@@ -333,7 +337,7 @@ class Frame:
         return [n * mm / k for n, mm, k in zip(self.p.shape, self.step, pair["back"].shape[1:])]
 
     def warp_label(self, pair, shape, spacing):
-        """This volume's label on the voxels of the other: [V, S, S]; one-hot warped linearly, then arg max; outside is background."""
+        """This volume's label on the voxels of the other [V, S, S]: one-hot, warped linearly, then arg max; background outside."""
         x = self.places(pair, points(shape, spacing))                      # [V, S, S, 3]
         there = sample(self.label, x.nan_to_num(1e6)[None], self.spacing)[0]                 # [K, V, S, S]
         there[0] += 1e-3                                                   # where all are 0
@@ -351,7 +355,7 @@ def register_batch(frame, moving, step, stiffness):
     A, _ = register_affine(frame.fixed_wide, frame.weight_wide, frame.p_wide, moving, step)
     first, (m, w_m) = sample(moving, before, step), sample(moving, move(A, p), step).split(1, 1)     # [B, 2, ...], [B, 1, ...]
     f, w = f.expand_as(m), (w * w_m)
-    there, back = register_deformable(f, m, w, frame.step, stiffness=stiffness), register_deformable(m, f, w, frame.step, stiffness=stiffness)
+    there, back = (register_deformable(a, b, w, frame.step, stiffness=stiffness) for a, b in ((f, m), (m, f)))
     with torch.no_grad():
         d, d_back = (F.interpolate(u, p.shape[:3], mode="trilinear") for u in (there, back))
         after = local_correlation(f, sample(m, local + d.movedim(1, -1), frame.step), w)
@@ -364,8 +368,8 @@ def register_batch(frame, moving, step, stiffness):
 def register_all(dataset, volumes, labelled, classes, o):
     """Register every volume of `volumes` to every one of `labelled` (numbers of volumes): {(volume, labelled): pair}, frames.
 
-    A batch is one file in the cache, under a key that holds the dataset and the options, so that a second run reads, and a killed run
-    goes on. Deterministic: there is nothing random in it.
+    A batch is one file in the cache, under a key that holds the dataset and the options, so that a second run reads, and a killed
+    run goes on. There is nothing random in it.
     """
     shape, step = registration_grid(dataset)
     data = Path(dataset.images.filename).parent.name                       # the key of the prepared slices: files and options
@@ -429,7 +433,7 @@ class WindowAttention(nn.Module):
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=.02)
-        place = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"), -1).flatten(0, 1)     # [n, 2]
+        place = torch.cartesian_prod(torch.arange(window), torch.arange(window))             # [n, 2]: row, column
         away = place[:, None] - place + window - 1                         # [n, n, 2] in 0 .. 2 window - 2
         self.register_buffer("relative_position_index", away[..., 0] * (2 * window - 1) + away[..., 1], persistent=False)
 
@@ -455,7 +459,7 @@ def from_windows(x, w, H, W):
 
 
 def attention_mask(H, W, w, shift, real_h, real_w):
-    """[windows, w^2, w^2]: 0 between tokens that may see each other, -inf elsewhere, on an H x W map of windows w, rolled by -shift.
+    """0 between tokens that may see each other, -inf elsewhere: [windows, w^2, w^2] for an H x W map rolled by -shift.
 
     After the roll, windows at the border hold tokens from opposite sides of the image, and tokens of the padding beyond
     real_h x real_w: each keeps to its own kind.
@@ -603,8 +607,8 @@ def balanced_contrastive_loss(z, y, temperature):
         L_i = - 1/|P(i)| sum_{p in P(i)} [ z_i.z_p/tau - log sum_{a != i} exp(z_i.z_a/tau) / w_ia ]
         w_ia = N_{y_a}, the number of pixels of a's class, without i itself if it is of that class
 
-    so that the background, which is most of the pixels, does not drown the rest. z [n, d] before normalisation, y [n] whole numbers;
-    or G groups at once, [G, n, d] and [G, n]. Returns a scalar, the mean over the anchors that have a positive; 0 without any.
+    so that the background, which is most of the pixels, does not drown the rest. z [n, d] before normalisation, y [n] whole
+    numbers; or G groups at once, [G, n, d] and [G, n]. A scalar, the mean over the anchors that have a positive; 0 without any.
     """
     z = F.normalize(z.float(), dim=-1)
     with torch.autocast(z.device.type, enabled=False):
@@ -647,7 +651,7 @@ def local_contrast(maps, labels, size, groups, temperature):
 
 
 class MemoryBank(nn.Module):
-    """The last `size` pixel features of one network, each with its common place (mm) and its volume; the oldest are overwritten."""
+    """The last `size` pixel features of one network, each with its common place (mm) and volume; the oldest are overwritten."""
     def __init__(self, size, dim):
         super().__init__()                                                 # a module, so that its state is saved with the networks'
         self.register_buffer("z", torch.zeros(size, dim))
@@ -673,7 +677,7 @@ def reps_loss(z, place, volume, bank, radius, k, temperature):
 
         L_REPS = - mean_i 1/|R(i)| sum_{p in R(i)} log exp(z_i.z_p/tau) / sum_{a in bank} exp(z_i.z_a/tau)    (REPS)
 
-    z [n, d] before normalisation, place [n, 3] in mm, volume [n]. A scalar; anchors without a positive are left out, 0 without any.
+    z [n, d] before normalisation, place [n, 3] in mm, volume [n]. A scalar; anchors without a positive are left out, 0 if none has.
     """
     z, filled = F.normalize(z.float(), dim=1), bank.volume >= 0
     R, near = bank.nearest(place, volume, radius, k)                       # [n, k] each
@@ -700,12 +704,12 @@ class Students(nn.Module):
         self.projectors = nn.ModuleList(nn.ModuleList(nn.Conv2d(C, o.projection, 1) for C in pair) for pair in widths)
 
     def forward(self, views):
-        """Each network on its own view [B, C, S, S]: logits 2 x [B, K, S, S]; features 2 x ([B, d, S/8, S/8], [B, d, S/2, S/2])."""
+        """Each network on its own view [B, C, S, S]: logits 2 x [B, K, S, S], features 2 x ([B, d, S/8, S/8], [B, d, S/2, S/2])."""
         encoded = self.unet.encoder(views[0])
         maps = [(self.unet.decoder(encoded, 1), self.unet.decoder(encoded)), self.swin.maps(views[1])]
         logits = [net.head(full).float() for net, (_, full) in zip((self.unet, self.swin), maps)]
         # of the full map every second pixel, a sixteenth of the pairs to compare
-        return logits, [(project[0](coarse), project[1](full[..., ::2, ::2])) for project, (coarse, full) in zip(self.projectors, maps)]
+        return logits, [(g[0](coarse), g[1](full[..., ::2, ::2])) for g, (coarse, full) in zip(self.projectors, maps)]
 
 
 def draw_batch(dataset, numbers, n, warped, places, o, device):
@@ -758,9 +762,9 @@ def train(name, dataset, numbers, unlabelled, prior, classes, seed, o, device, o
         common.load_weights(students.unet, start["unet"], start["parts"])
     if o.swin_weights:
         load_swin(students.swin, o.swin_weights)
+    others = [*students.swin.parameters(), *students.projectors.parameters()]
     optimiser = torch.optim.AdamW([{"params": students.unet.parameters(), "peak": o.init_lr if start else o.lr},
-                                   {"params": [*students.swin.parameters(), *students.projectors.parameters()], "peak": o.swin_lr}],
-                                  lr=o.lr, weight_decay=1e-4)
+                                   {"params": others, "peak": o.swin_lr}], lr=o.lr, weight_decay=1e-4)
     banks = nn.ModuleList(MemoryBank(o.bank, o.projection) for _ in range(2)).to(device)
     (warped, places), n = prior, o.batch // 2
     state, step, T = out / "training.pt", 0, o.steps
@@ -783,7 +787,7 @@ def train(name, dataset, numbers, unlabelled, prior, classes, seed, o, device, o
         if not o.no_contrast:
             both = step >= .075 * T                                        # the labelled slices alone at first [base]
             pair = [[torch.cat([a, b]) for a, b in zip(*m)] if both else m[0] for m in zip(maps, maps_u)]
-            other = [l.argmax(1) for l in logits_u[::-1]]                  # an unlabelled pixel's class: what the other network sees
+            other = [l.argmax(1) for l in logits_u[::-1]]                  # class of an unlabelled pixel: what the other network says
             labels = [torch.cat([y, y_u]) if both else y for y_u in other]
             L["contrast"], weight["contrast"] = contrast_terms(pair, labels, o), o.contrast_weight
         if not o.no_reps:
@@ -838,8 +842,8 @@ def finetune(name, dataset, numbers, classes, seed, o, device, out):
 
 # ------------------------------------------------------------------------------------------------ what looks at held-back labels
 
-# Only here are labels of unlabelled volumes read, to draw Fig. 4 and to judge the registration. Nothing that trains calls these two
-# functions' results back. --no-peek switches both off.
+# Only here are labels of unlabelled volumes read, to draw Fig. 4 and to judge the registration. Nothing that trains sees what these
+# two functions return; --no-peek switches both off.
 
 
 @torch.no_grad()
@@ -891,7 +895,8 @@ def run_one(method, n, seed, dataset, cases, split, prior, o, device, out, start
     name = f"{method}_n{n}_s{seed}"
     path, patients = out / f"{name}.pt", split["labelled"][:n]
     if o.scratch and method == "scratch":                                  # another method's run: the same U-Net and steps
-        scored = {method: common.load_checkpoint(Path(o.scratch) / f"{name}.pt", None, {k: o.saved[k] for k in SCRATCH_OPTIONS})["rows"]}
+        made = {k: o.saved[k] for k in SCRATCH_OPTIONS}
+        scored = {method: common.load_checkpoint(Path(o.scratch) / f"{name}.pt", None, made)["rows"]}
     elif o.resume and path.exists():
         content = common.load_checkpoint(path, METHOD, o.saved)
         scored = {method: content["rows"], **({f"{method}, Swin": content["swin_rows"]} if method != "scratch" else {})}
@@ -948,8 +953,9 @@ def write_registrations(dataset, cases, pairs, frames, o, out):
     writer.writerows(rows)
     common.write_atomic(out / "registration.csv", text.getvalue())
     mean = lambda key, some=rows: np.mean([r[key] for r in some])
-    print(f"registration: {len(rows)} pairs, similarity {mean('similarity_before'):.3f} before, {mean('similarity_affine'):.3f} affine, "
-          f"{mean('similarity_after'):.3f} after; folded {mean('folded_percent'):.3f} %, cycle error {mean('cycle_error_mm'):.1f} mm")
+    print(f"registration: {len(rows)} pairs, similarity {mean('similarity_before'):.3f} before, "
+          f"{mean('similarity_affine'):.3f} affine, {mean('similarity_after'):.3f} after; folded {mean('folded_percent'):.3f} %, "
+          f"cycle error {mean('cycle_error_mm'):.1f} mm")
     judged = [r for r in rows if "dice_after" in r]
     if judged:
         volumes = dict.fromkeys(r["volume"] for r in judged)
@@ -962,8 +968,8 @@ def write_registrations(dataset, cases, pairs, frames, o, out):
 
 @torch.no_grad()
 def draw_registration(dataset, cases, pairs, frames, volumes, labelled, o, path):
-    """Registrations of some volumes with their best partner on the frame's middle slice: fixed, moving before, affine, after, and the
-    Jacobian determinant, folded voxels in red."""
+    """Registrations of some volumes with their best partner, on the frame's middle slice: fixed, moving before, affine, after, and
+    the Jacobian determinant with folded voxels in red."""
     shape, step = registration_grid(dataset)
     others = [u for u in volumes if u not in labelled]
     some = [others[int(k)] for k in np.linspace(0, len(others) - 1, min(4, len(others)))]
@@ -1004,7 +1010,7 @@ def draw_pseudo_labels(out, names, path):
 
 
 def draw_correspondences(dataset, cases, prior, volumes, o, path):
-    """What REPS takes for the same place: coloured pixels of one slice, and in other volumes the pixels nearest in the common frame."""
+    """What REPS takes for the same place: pixels of one slice, and in other volumes the pixels nearest to them in the common frame."""
     _, places = prior
     middle = lambda v: int(np.flatnonzero(dataset.volume == v)[0] + dataset.depth[np.flatnonzero(dataset.volume == v)[0]] // 2)
     some = [volumes[int(k)] for k in np.linspace(0, len(volumes) - 1, min(6, len(volumes)))]
