@@ -576,7 +576,7 @@ def draw_all(dataset, cases, split, o, device, out, start, summary):
 # ------------------------------------------------------------------------------------------------ main
 
 # The phantom stays below 3 minutes on 2 cores, so its pre-training is too short to be more than a demonstration.
-PHANTOM = dict(seeds=[0], pretrain_steps=200, steps=160, probe_steps=60, spacing=2.5, size=64)
+PHANTOM = dict(seeds=[0], pretrain_steps=160, steps=120, probe_steps=50, spacing=2.5, size=64)
 REAL = dict(seeds=[0, 1, 2], pretrain_steps=8000, steps=1200, probe_steps=300)
 # --paper: the published configuration; 32800 steps of 8 are 200 epochs of the 1312 slices of ACDC's 70 training patients
 PAPER = dict(width=64, depth=5, dim=1024, projection=256, size=128, spacing=1.5, pretrain_batch=8, pretrain_steps=32800,

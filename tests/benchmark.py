@@ -123,7 +123,7 @@ def pix2rep_shares(o, dataset, device, steps=20):
 def saved_megabytes(function):
     """(seconds, MB): the best time of `function`().backward(), and the memory its forward pass keeps for the backward pass."""
     times = []
-    for _ in range(4):
+    for _ in range(8):
         held = {}
         def keep(x):
             held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -201,10 +201,11 @@ def macl_shares(o, dataset, device, steps=20):
 
 def macl_tables(arguments, root, cases, device, cache):
     """Print the dense loss against its loop at the paper's size, and where a step of MACL goes."""
-    z, position = torch.randn(2, 16, 128, 32, 32, device=device, requires_grad=True), torch.rand(16)
+    z = [torch.randn(16, 128, 32, 32, device=device, requires_grad=True) for _ in range(2)]
+    position = torch.rand(16)
     print("\nL_d, forward and backward, batch 16, 32 x 32 positions, 128 channels\n              seconds     memory   times faster")
-    loop = saved_megabytes(lambda: dense_loss_by_loop(*z.unbind(0), position, .35, .1))
-    once = saved_megabytes(lambda: macl.dense_contrastive_loss(*z.unbind(0), position, .35, .1))
+    loop = saved_megabytes(lambda: dense_loss_by_loop(*z, position, .35, .1))
+    once = saved_megabytes(lambda: macl.dense_contrastive_loss(*z, position, .35, .1))
     for name, (seconds, megabytes) in (("loop", loop), ("batched", once)):
         print(f"{name:10} {seconds:10.4f} {megabytes:7.1f} MB {loop[0] / seconds:12.1f}")
     o = macl.parse_options(["--precision", arguments.precision] + (["--data", str(root)] if arguments.data else []))
