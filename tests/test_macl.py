@@ -295,7 +295,7 @@ def test_the_papers_configuration(setting):
 def finished(phantom, tmp_path_factory):
     """A finished tiny run: (its folder, the work folder with the cache, what it printed)."""
     work = tmp_path_factory.mktemp("work")
-    done = run("macl.py", "--data", phantom, *TINY, "--seeds", 0, 1, "--labelled", 1, 2, "--out", "out", cwd=work)
+    done = run("macl.py", "--data", phantom, *TINY, "--seeds", 0, "--labelled", 1, 2, "--out", "out", cwd=work)
     assert done.returncode == 0, done.stderr
     return work / "out", work, done.stdout
 
@@ -304,7 +304,7 @@ def test_what_a_run_writes(finished):
     out, _, printed = finished
     metrics = json.loads((out / "metrics.json").read_text())
     assert [(r["method"], r["labelled"], r["seed"]) for r in metrics["rows"]] == [
-        (m, n, s) for n in (1, 2) for s in (0, 1) for m in ("scratch", "macl")]
+        (m, n, 0) for n in (1, 2) for m in ("scratch", "macl")]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[0]["chance"] == pytest.approx(math.log(7)) and {"g", "d", "ER", "ER_strangers", "step"} <= set(log[0])
     assert {f.name for f in (out / "figures").iterdir()} == {"dice.png", "overlays.png", "heat.png", "branches.png"}
@@ -316,16 +316,16 @@ def test_what_a_run_writes(finished):
 def test_pcl_reads_scratch_and_the_numbers_repeat(finished, phantom):
     """PCL with --scratch; and the same command again, killed and resumed, gives the numbers of the first run."""
     out, work, _ = finished
-    done = run("macl.py", "--data", phantom, *TINY, "--seeds", 0, 1, "--labelled", 1, 2, "--decoder-blocks", 0, "--lambda2", 0, "--lambda3",
+    done = run("macl.py", "--data", phantom, *TINY, "--seeds", 0, "--labelled", 1, 2, "--decoder-blocks", 0, "--lambda2", 0, "--lambda3",
                0, "--scratch", "out", "--out", "pcl", cwd=work)
     assert done.returncode == 0 and "| 2 | pcl |" in done.stdout and not (work / "pcl/scratch_n1_s0.pt").exists(), done.stderr
     rows = lambda folder: [t for t in csv.DictReader((work / folder / "per_volume.csv").open()) if t["method"] == "scratch"]
     assert rows("pcl") == rows("out")
     refused(run("macl.py", "--data", phantom, *TINY, "--seeds", 0, "--scratch", "out", "--lr", ".01", "--out", "r", cwd=work), "lr =")
-    command = [sys.executable, str(ROOT / "macl.py"), "--data", str(phantom), *TINY, "--seeds", "0", "1", "--labelled", "1", "2", "--out",
+    command = [sys.executable, str(ROOT / "macl.py"), "--data", str(phantom), *TINY, "--seeds", "0", "--labelled", "1", "2", "--out",
                "killed"]
     killed = 0
-    for target in ("pretraining.pt", "pretrained.pt", "finetuning.pt", "macl_n1_s1.pt", None):
+    for target in ("pretraining.pt", "pretrained.pt", "finetuning.pt", None):
         resume = ["--resume"] if (work / "killed").exists() else []
         process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         before = {f: f.stat().st_mtime_ns for f in (work / "killed").glob("*")} if resume else {}
@@ -338,7 +338,7 @@ def test_pcl_reads_scratch_and_the_numbers_repeat(finished, phantom):
             time.sleep(.002)
         _, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors
-    assert killed >= 3 and process.returncode == 0
+    assert killed >= 2 and process.returncode == 0
     assert (work / "killed/per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
 
 
