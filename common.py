@@ -536,6 +536,15 @@ def step_seconds(net, x, precision):
     return (time.time() - begin) / 5
 
 
+def write_csv(path, rows):
+    """A table from a list of dicts, atomically; the keys of the first are the columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
 def write_results(out, runs, volume_rows, classes):
     """metrics.json and per_volume.csv from all finished runs; returns (summary, gains)."""
     summary, gains = summarise(runs)
@@ -546,11 +555,7 @@ def write_results(out, runs, volume_rows, classes):
         "rule": RULE, "classes": classes, "rows": runs, "summary": summary, "gains": gains, "seconds": seconds_by_phase(out),
         "peak_memory_mb": round(memory), "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                                       "numpy": np.__version__}}), indent=1))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(volume_rows[0]) if volume_rows else [])
-    writer.writeheader()
-    writer.writerows(volume_rows)
-    write_atomic(Path(out) / "per_volume.csv", text.getvalue())
+    write_csv(Path(out) / "per_volume.csv", volume_rows)
     return summary, gains
 
 
@@ -600,6 +605,12 @@ def save_figure(figure, path):
     figure.savefig(buffer, dpi=110, bbox_inches="tight")
     plt.close(figure)
     write_atomic(path, buffer.getvalue())
+
+
+def middle_slices(dataset, patients):
+    """Numbers of the middle slice of each patient's first volume."""
+    first = [dataset.of_patients([p])[0] for p in patients]
+    return np.array([n + dataset.depth[n] // 2 for n in first])
 
 
 def show(axis, image, label=None, classes=4, title=None):

@@ -346,12 +346,6 @@ def build(content):
     return unet.eval()
 
 
-def middle_slices(dataset, patients):
-    """Numbers of the middle slice of each patient's first volume."""
-    first = [dataset.of_patients([p])[0] for p in patients]
-    return np.array([n + dataset.depth[n] // 2 for n in first])
-
-
 def heat(maps):
     """Heat maps [V, h, w] in [0, 1]: the mean size of the channels of maps [V, C, h, w], each image by its own maximum."""
     heat = maps.float().abs().mean(1)                                      # [V, h, w]
@@ -366,7 +360,7 @@ def draw_branches(dataset, patients, o, device, start, path):
     heads = Heads(unet.encoder.widths, o.decoder_blocks, o.eq7).to(device)
     common.load_weights(unet, start["unet"], start["parts"])
     heads.load_state_dict(start["heads"])
-    numbers, few = middle_slices(dataset, patients), argparse.Namespace(**vars(o))
+    numbers, few = common.middle_slices(dataset, patients), argparse.Namespace(**vars(o))
     few.pretrain_batch, few.lambda2 = len(patients), 1.                    # draw the dense maps of PCL as well
     (I1, I2, V1, V2), pick = view_batch(dataset, numbers, few, device)
     pair = branches(unet, heads, (I1, I2, V1, V2), few)
@@ -386,7 +380,7 @@ def draw_branches(dataset, patients, o, device, start, path):
 @torch.no_grad()
 def draw_heat(dataset, patients, o, device, start, path):
     """Where the encoder answers, before and after pre-training: heat maps of its two deepest levels over the image."""
-    images = dataset.image(middle_slices(dataset, patients), device)       # [V, C, S, S]
+    images = dataset.image(common.middle_slices(dataset, patients), device)       # [V, C, S, S]
     figure, axes = common.new_figure(len(patients), 5)
     for v, patient in enumerate(patients):
         common.show(axes[v, 0], images[v, 0].cpu(), title=patient)

@@ -490,15 +490,9 @@ def pixel_embeddings(images, o, device, start=None):
     return F.normalize(f(images).float(), dim=1).cpu()
 
 
-def middle_slices(dataset, patients):
-    """Numbers of the middle slice of each patient's first volume."""
-    first = [dataset.of_patients([p])[0] for p in patients]
-    return np.array([n + dataset.depth[n] // 2 for n in first])
-
-
 def draw_similarity(dataset, patients, o, device, start, path):
     """Fig. 2: a query pixel, and in slices of other patients the cosine similarity to it, before and after pre-training."""
-    images = dataset.image(middle_slices(dataset, patients), device)       # [V, C, S, S]
+    images = dataset.image(common.middle_slices(dataset, patients), device)       # [V, C, S, S]
     picture, S, q = images[:, 0].cpu(), o.size, o.size // 2
     figure, axes = common.new_figure(3, len(images))
     common.show(axes[0, 0], picture[0], title=f"query: {patients[0]}")
@@ -518,7 +512,7 @@ def draw_similarity(dataset, patients, o, device, start, path):
 
 def draw_embeddings(dataset, cases, patients, o, device, start, path):
     """Fig. 4: the vectors of all pixels reduced to three colours by PCA (ours; the paper: t-SNE), beside image and label."""
-    numbers = middle_slices(dataset, patients)
+    numbers = common.middle_slices(dataset, patients)
     images = dataset.image(numbers, device)
     figure, axes = common.new_figure(len(images), 4)
     for column, (title, weights) in enumerate((("before", None), ("after", start)), 2):

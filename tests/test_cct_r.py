@@ -346,10 +346,10 @@ def test_places_and_partners(setting, registered):
     o, cases, split, dataset = setting
     pairs, frames, volumes, labelled, (warped, places) = registered
     u = next(v for v in volumes if v not in labelled)
-    best = cct_r.best_partner(pairs, frames, u, labelled)
+    best = cct_r.best_partner(pairs, u, labelled)
     assert all(pairs[u, best]["cycle"] <= pairs[u, n]["cycle"] for n in labelled)
-    assert {cct_r.best_partner(pairs, frames, v, labelled, False) for v in volumes} == set(labelled)     # in turn
-    assert cct_r.best_partner(pairs, frames, labelled[0], labelled) != labelled[0]
+    assert {cct_r.best_partner(pairs, v, labelled, False) for v in volumes} == set(labelled)     # in turn
+    assert cct_r.best_partner(pairs, labelled[0], labelled) != labelled[0]
     image, spacing, numbers = cct_r.stack(dataset, labelled[0])
     assert torch.allclose(places[numbers].movedim(1, -1).float(), cct_r.points(image.shape[2:], spacing), atol=.1)   # the common frame itself
     assert warped[numbers].max() == 0                                                                    # warped labels: for unlabelled volumes only
