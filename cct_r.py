@@ -39,6 +39,7 @@ control points, d features of a pixel, n pixels of a group or anchors, G groups,
 """
 import argparse, hashlib, json, math, sys, time
 from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ from common import (PHANTOM_VERSION, DataError, UNet, default_grid, find_cases, 
                     split_patients, warp)
 
 METHOD = "cct_r"
-REGISTRATION_VERSION = 1
+REGISTRATION_VERSION = 3
 SCRATCH_OPTIONS = ("data", "split", "precision", "width", "spacing", "size", "steps", "batch", "lr", "rotation")
 
 # ------------------------------------------------------------------------------------------------ options
@@ -181,10 +182,12 @@ def local_correlation(a, b, weight, radius=(1, 2, 2), flat=1e-3):
 def register_affine(fixed, weight, p, moving, step, steps=40, keep=4, turn=.5):
     """Affine maps [A | b] [B, 3, 4] (mm) such that `moving` at A x + b looks like `fixed` at x, and their similarity [B].
 
-    fixed, weight [1, 1, Z, Y, X] on the places p [Z, Y, X, 3]; moving [B, 2, ...]: image and a mask of its scan, voxels of `step` mm.
-    From 225 starts (turns about z, shifts of up to a sixth of the box) the best `keep` of every volume are refined by Adam.
+    fixed, weight [B, 1, Z, Y, X] on the places p [Z, Y, X, 3]; moving [B, 2, ...]: image and a mask of its scan, voxels of `step` mm;
+    either may be one for all. From 225 starts (turns about z, shifts of up to a sixth of the box) the best `keep` of every volume
+    are refined by Adam.
     """
-    B, reach = len(moving), (p.amax((0, 1, 2)) - p.amin((0, 1, 2))) / 6
+    B, reach = max(len(fixed), len(moving)), (p.amax((0, 1, 2)) - p.amin((0, 1, 2))) / 6
+    fixed, weight, moving = (x.expand(B, *x.shape[1:]) for x in (fixed, weight, moving))
     shifts = [torch.linspace(-1, 1, n) * r for n, r in zip((3, 5, 5), reach)]
     start = torch.cartesian_prod(torch.tensor([-turn, 0., turn]), *shifts)                   # [225, 4]: angle, dz, dy, dx
     cos, sin, zero = start[:, 0].cos(), start[:, 0].sin(), torch.zeros(len(start))
@@ -193,7 +196,7 @@ def register_affine(fixed, weight, p, moving, step, steps=40, keep=4, turn=.5):
 
     def similarity(A, number):                                             # [b, 3, 4], [b] -> [b]
         m, w = sample(moving[number], move(A, p), step).split(1, 1)        # [b, 1, Z, Y, X] each
-        return local_correlation(fixed.expand_as(m), m, weight * w)
+        return local_correlation(fixed[number], m, weight[number] * w)
     with torch.no_grad():
         found = torch.stack([similarity(a.expand(B, 3, 4), torch.arange(B)) for a in A])     # [225, B]
     best, number = found.topk(keep, 0).indices.flatten(), torch.arange(B).repeat(keep)       # [keep B]
@@ -281,11 +284,15 @@ def cycle_error(there, back, p, step):
 # ------------------------------------------------------------------------------------------------ registration: of a whole dataset
 
 
+def voxels(dataset, n):
+    """Of volume n of a dataset: its shape (V, S, S), its voxels in mm (slice, row, column), and the numbers of its slices."""
+    numbers, S, mm = np.flatnonzero(dataset.volume == n), dataset.info["size"], dataset.info["target"]
+    return (len(numbers), S, S), (dataset.info["cases"][n]["spacing"][0], mm, mm), numbers
+
+
 def stack(dataset, n):
-    """Volume n of a dataset as [1, 1, V, S, S], its voxels in mm (slice, row, column), and the numbers of its slices."""
-    info, numbers = dataset.info["cases"][n], np.flatnonzero(dataset.volume == n)
-    spacing = (info["spacing"][0], dataset.info["target"], dataset.info["target"])
-    return dataset.image(numbers).mean(1)[None, None], spacing, numbers    # several channels: their mean
+    """Volume n of a dataset as [1, 1, V, S, S]; of several channels their mean."""
+    return dataset.image(voxels(dataset, n)[2]).mean(1)[None, None]
 
 
 def registration_grid(dataset):
@@ -309,9 +316,9 @@ class Frame:
 
     label: one-hot [1, K, V, S, S]; p: places of the box's grid about the volume's centre.
     """
-    def __init__(self, dataset, n, step, classes):
+    def __init__(self, dataset, n, shape, step, classes):
         self.step = step
-        image, self.spacing, numbers = stack(dataset, n)
+        image, (_, self.spacing, numbers) = stack(dataset, n), voxels(dataset, n)
         label = dataset.label(numbers)                                     # [V, S, S]
         self.label = F.one_hot(label, classes).movedim(-1, 0)[None].float()                  # [1, K, V, S, S]
         where = points(label.shape, self.spacing)[label > 0]               # [n, 3]: the organs
@@ -322,6 +329,8 @@ class Frame:
         wide = [max(s, 2 * step[1]) for s in step]                         # the affine map is found on fewer voxels
         self.p_wide = points([max(4, math.ceil(s / mm)) for s, mm in zip(size.tolist(), wide)], wide, self.centre)
         self.fixed_wide, self.weight_wide = on_grid(image, self.spacing, self.p_wide).split(1, 1)
+        self.organs = sample(1 - self.label[:, :1], self.p[None], self.spacing)[0, 0]        # [Z, Y, X]: 1 in the organs
+        self.whole = on_grid(image, self.spacing, points(shape, step))     # [1, 2, Z, Y, X]: all of it, to be moved itself
 
     def places(self, pair, y):
         """Where the places y [..., 3] of the other volume lie in this one, by its `pair`; nan outside the box."""
@@ -344,25 +353,41 @@ class Frame:
         return there.argmax(0)
 
 
-def register_batch(frame, moving, step, stiffness):
-    """Register the volumes `moving` [B, 2, Z, Y, X] (image, mask; voxels of `step` mm) to a frame, both directions.
+def after_another(A, B):
+    """The affine map x -> A(B(x)) of two [B, 3, 4]."""
+    return torch.cat([A[:, :, :3] @ B[:, :, :3], A[:, :, :3] @ B[:, :, 3:] + A[:, :, 3:]], 2)
 
-    A list of B pairs: A [3, 4] from frame to volume, displacements "there" and "back" [3, z, y, x] in the frame, after A;
-    similarity before, after A and after all; cycle error in mm (mean over the box) and folded share.
+
+def inverse(A):
+    """The inverse of affine maps [B, 3, 4]."""
+    M = torch.linalg.inv(A[:, :, :3])
+    return torch.cat([M, -M @ A[:, :, 3:]], 2)
+
+
+def register_batch(frame, moving, step, stiffness):
+    """Register the volumes `moving` [B, 2, Z, Y, X] (image, mask; voxels of `step` mm) to a frame, and the frame's volume to them.
+
+    T_there(x) = A (x + there(x)) takes the frame to the volume, T_back(y) = x' + back(x') with x' = A^-1 y takes it back; the two
+    displacements are found independently. A list of B pairs: A [3, 4], "there" and "back" [3, z, y, x] in the frame; similarity
+    before, after A and after all; cycle error in mm (mean over the frame's organs) and folded share of T_back.
     """
-    f, w, p, local = frame.fixed, frame.weight, frame.p, frame.p - frame.centre
-    before = move(torch.eye(3, 4).expand(len(moving), 3, 4), p)
+    p, local, B, shape = frame.p, frame.p - frame.centre, len(moving), frame.p.shape[:3]
     A, _ = register_affine(frame.fixed_wide, frame.weight_wide, frame.p_wide, moving, step)
-    first, (m, w_m) = sample(moving, before, step), sample(moving, move(A, p), step).split(1, 1)     # [B, 2, ...], [B, 1, ...]
-    f, w = f.expand_as(m), (w * w_m)
+    # from the other side: the box that A has found in the volume, registered to the whole volume of the frame, corrects A
+    found = sample(moving, move(A, frame.p_wide), step).split(1, 1)
+    A = after_another(A, inverse(register_affine(*found, frame.p_wide, frame.whole, step)[0]))
+    first = sample(moving, p.expand(B, *p.shape), step).split(1, 1)        # [B, 1, Z, Y, X] each: image and mask
+    m, w = sample(moving, move(A, p), step).split(1, 1)
+    f, w = frame.fixed.expand_as(m), frame.weight * w
     there, back = (register_deformable(a, b, w, frame.step, stiffness=stiffness) for a, b in ((f, m), (m, f)))
     with torch.no_grad():
-        d, d_back = (F.interpolate(u, p.shape[:3], mode="trilinear") for u in (there, back))
+        d, d_back = (F.interpolate(u, shape, mode="trilinear") for u in (there, back))       # [B, 3, Z, Y, X]
         after = local_correlation(f, sample(m, local + d.movedim(1, -1), frame.step), w)
-        error = (cycle_error(d, d_back, local, frame.step)[:, None] * w).flatten(1).sum(1) / w.flatten(1).sum(1).clamp(min=1)
-        rows = dict(A=A, there=there, back=back, before=local_correlation(f, first[:, :1], frame.weight * first[:, 1:]),
-                    affine=local_correlation(f, m, w), after=after, cycle=error, folded=folded(back, p.shape[:3], frame.step))
-    return [{k: v[b].clone() for k, v in rows.items()} for b in range(len(moving))]
+        error = cycle_error(d, d_back, local, frame.step)                  # [B, Z, Y, X]
+        rows = dict(A=A, there=there, back=back, before=local_correlation(f, first[0], frame.weight * first[1]),
+                    affine=local_correlation(f, m, w), after=after, folded=folded(back, shape, frame.step),
+                    cycle=(error * frame.organs).sum((1, 2, 3)) / frame.organs.sum())
+    return [{k: v[b].clone() for k, v in rows.items()} for b in range(B)]
 
 
 def register_all(dataset, volumes, labelled, classes, o):
@@ -375,7 +400,7 @@ def register_all(dataset, volumes, labelled, classes, o):
     data = Path(dataset.images.filename).parent.name                       # the key of the prepared slices: files and options
     key = hashlib.sha1(json.dumps([REGISTRATION_VERSION, data, volumes, o.stiffness]).encode()).hexdigest()[:16]
     folder = common.make_folder(Path(o.cache) / f"registration-{key}")
-    frames, pairs = {n: Frame(dataset, n, step, classes) for n in labelled}, {}
+    frames, pairs = {n: Frame(dataset, n, shape, step, classes) for n in labelled}, {}
     jobs = [(n, volumes[b:b + 16]) for n in labelled for b in range(0, len(volumes), 16)]
     moving = {}
     for n, batch in tqdm(jobs, "register", disable=None):
@@ -383,8 +408,7 @@ def register_all(dataset, volumes, labelled, classes, o):
         if not file.exists():
             for u in batch:
                 if u not in moving:
-                    image, spacing, _ = stack(dataset, u)
-                    moving[u] = on_grid(image, spacing, points(shape, step))
+                    moving[u] = on_grid(stack(dataset, u), voxels(dataset, u)[1], points(shape, step))
             made = register_batch(frames[n], torch.cat([moving[u] for u in batch]), step, o.stiffness)
             common.save_checkpoint(file, method=METHOD, options={}, pairs=made)
         for u, pair in zip(batch, common.load_checkpoint(file, METHOD)["pairs"]):
@@ -409,14 +433,14 @@ def common_places(dataset, pairs, frames, volumes, labelled, brs):
     N, S, first = len(dataset.volume), dataset.info["size"], labelled[0]
     label, place = torch.zeros(N, S, S, dtype=torch.uint8), torch.full((N, 3, S, S), torch.nan, dtype=torch.float16)
     for u in volumes:
-        image, spacing, numbers = stack(dataset, u)
-        y = points(image.shape[2:], spacing)                               # [V, S, S, 3]
+        shape, spacing, numbers = voxels(dataset, u)
+        y = points(shape, spacing)                               # [V, S, S, 3]
         if u in labelled:
             x, partner = y, u
         else:
             partner = best_partner(pairs, u, labelled, brs)
             x = frames[partner].places(pairs[u, partner], y)
-            label[numbers] = frames[partner].warp_label(pairs[u, partner], image.shape[2:], spacing).byte()
+            label[numbers] = frames[partner].warp_label(pairs[u, partner], shape, spacing).byte()
         if partner != first:
             x = frames[first].places(pairs[partner, first], x.nan_to_num(1e6))
         place[numbers] = x.movedim(-1, 1).half()
@@ -441,8 +465,10 @@ class WindowAttention(nn.Module):
         Bw, n, dim = x.shape
         q, k, v = self.qkv(x).view(Bw, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)          # [B w, heads, n, dim / heads] each
         bias = self.relative_position_bias_table[self.relative_position_index].movedim(-1, 0)     # [heads, n, n]
-        bias = (bias + mask[:, None]).repeat(Bw // len(mask), 1, 1, 1).to(q)                 # [B w, heads, n, n]
-        x = F.scaled_dot_product_attention(q, k, v, bias)                  # softmax(q k' / sqrt(d) + bias) v
+        bias = (bias + mask[:, None]).to(q)                                # [w, heads, n, n]
+        # softmax(q k' / sqrt(d) + bias) v
+        logits = (q * q.shape[-1] ** -.5) @ k.mT                           # [B w, heads, n, n]
+        x = (logits.unflatten(0, (-1, len(mask))) + bias).flatten(0, 1).softmax(-1).to(v) @ v         # [B w, heads, n, dim / heads]
         return self.proj(x.transpose(1, 2).reshape(Bw, n, dim))
 
 
@@ -458,6 +484,7 @@ def from_windows(x, w, H, W):
     return x.transpose(2, 3).reshape(-1, H, W, x.shape[-1])
 
 
+@lru_cache(maxsize=64)
 def attention_mask(H, W, w, shift, real_h, real_w):
     """0 between tokens that may see each other, -inf elsewhere: [windows, w^2, w^2] for an H x W map rolled by -shift.
 
@@ -610,18 +637,18 @@ def balanced_contrastive_loss(z, y, temperature):
     so that the background, which is most of the pixels, does not drown the rest. z [n, d] before normalisation, y [n] whole
     numbers; or G groups at once, [G, n, d] and [G, n]. A scalar, the mean over the anchors that have a positive; 0 without any.
     """
-    z = F.normalize(z.float(), dim=-1)
+    z, Y = F.normalize(z.float(), dim=-1), F.one_hot(y.long()).float()     # [..., n, d], [..., n, K]
     with torch.autocast(z.device.type, enabled=False):
         sim = z @ z.mT / temperature                                       # [..., n, n]
-    itself = torch.eye(z.shape[-2], dtype=torch.bool, device=z.device)
-    same = y[..., :, None] == y[..., None, :]                              # [..., n, n]
-    N = same.sum(-1)                                                       # [..., n]: N_{y_a}
-    w = (N[..., None, :] - same.long()).clamp(min=1)                       # [..., n, n]: w_ia; 0 only for a = i, which is left out
-    log_sum = (sim - w.log()).masked_fill(itself, -torch.inf).logsumexp(-1, keepdim=True)    # [..., n, 1]
-    P = same & ~itself
-    count = P.sum(-1)                                                      # [..., n]: |P(i)|
-    L = -((sim - log_sum) * P).sum(-1) / count.clamp(min=1)                # [..., n]
-    return L.sum() / (count > 0).sum().clamp(min=1)                        # anchors without a positive have L = 0
+        # a summand of the denominator depends on a's class but for w, so that the sum over a is one product with Y
+        E = (sim - 1 / temperature).exp() * (1 - torch.eye(z.shape[-2], device=z.device))    # sim <= 1 / tau: no overflow; a != i
+        N = Y.sum(-2, keepdim=True)                                        # [..., 1, K]: N_c
+        log_sum = (E @ Y / (N - Y).clamp(min=1)).sum(-1).clamp(min=1e-30).log() + 1 / temperature      # [..., n]
+        # sum_{p in P(i)} z_i.z_p = z_i . (sum of its class) - z_i.z_i
+        count = (Y * (N - Y)).sum(-1)                                      # [..., n]: |P(i)|
+        positive = ((z * (Y @ (Y.mT @ z))).sum(-1) - 1) / temperature      # [..., n]
+    L = (log_sum - positive / count.clamp(min=1)) * (count > 0)            # [..., n]
+    return L.sum() / (count > 0).sum().clamp(min=1)
 
 
 def cut(x, size, offset=(0, 0)):
@@ -751,6 +778,30 @@ def reps_terms(full, place, volume, banks, o):
     return L
 
 
+def terms(students, banks, labelled, rest, step, o):
+    """The losses of one step and their weights, two dicts with the same keys; labelled, rest: what `draw_batch` returns."""
+    (views, y, place, volume), (views_u, y_warped, place_u, volume_u), T = labelled, rest, o.steps
+    with torch.autocast(y.device.type, o.dtype, enabled=o.dtype != torch.float32):
+        logits, maps = students(views)
+        logits_u, maps_u = students(views_u)                               # apart: in one batch, normalisation tells the halves apart
+    L, weight = {"sup": sum(segmentation_loss(l, y) for l in logits)}, {"sup": 1.}
+    if not o.no_cross_teaching:
+        L["cross"], weight["cross"] = cross_teaching_loss(*logits_u), o.cross_weight * ramp_up(step, .75 * T)
+    if not o.no_rsl:
+        L["RSL"], weight["RSL"] = sum(segmentation_loss(l, y_warped) for l in logits_u), o.rsl_weight * decay(step, T)
+    if not o.no_contrast:
+        both = step >= .075 * T                                            # the labelled slices alone at first [base]
+        pair = [[torch.cat([a, b]) for a, b in zip(*m)] if both else m[0] for m in zip(maps, maps_u)]
+        other = [l.argmax(1) for l in logits_u[::-1]]                      # class of an unlabelled pixel: what the other network says
+        labels = [torch.cat([y, y_u]) if both else y for y_u in other]
+        L["contrast"], weight["contrast"] = contrast_terms(pair, labels, o), o.contrast_weight
+    if not o.no_reps:
+        full = [torch.cat([a[1], b[1]]) for a, b in zip(maps, maps_u)]
+        L["REPS"] = reps_terms(full, torch.cat([place, place_u]), torch.cat([volume, volume_u]), banks, o)
+        weight["REPS"] = o.reps_weight
+    return L, weight
+
+
 def train(name, dataset, numbers, unlabelled, prior, classes, seed, o, device, out, start=None):
     """Train both networks on the labelled slices `numbers` and the slices `unlabelled`; returns the `Students`.
 
@@ -766,34 +817,16 @@ def train(name, dataset, numbers, unlabelled, prior, classes, seed, o, device, o
     optimiser = torch.optim.AdamW([{"params": students.unet.parameters(), "peak": o.init_lr if start else o.lr},
                                    {"params": others, "peak": o.swin_lr}], lr=o.lr, weight_decay=1e-4)
     banks = nn.ModuleList(MemoryBank(o.bank, o.projection) for _ in range(2)).to(device)
-    (warped, places), n = prior, o.batch // 2
-    state, step, T = out / "training.pt", 0, o.steps
+    (warped, places), state, step, T = prior, out / "training.pt", 0, o.steps
     if o.resume and state.exists() and common.load_checkpoint(state, METHOD, o.saved).get("run") == name:
         step = common.resume_training(state, METHOD, o.saved, (students, banks), optimiser)
     bar = trange(step, T, initial=step, total=T, desc=name, disable=None)
     for step in bar:
         for group, warm in zip(optimiser.param_groups, (0, .05 * T)):      # a transformer needs a warm-up
             group["lr"] = group["peak"] * min(1, (step + 1) / (warm + 1)) * .5 * (1 + math.cos(math.pi * step / T))
-        views, y, place, volume = draw_batch(dataset, numbers, n, None, places, o, device)
-        views_u, y_warped, place_u, volume_u = draw_batch(dataset, unlabelled, n, warped, places, o, device)
-        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            logits, maps = students(views)
-            logits_u, maps_u = students(views_u)                           # apart: in one batch, normalisation tells the halves apart
-        L, weight = {"sup": sum(segmentation_loss(l, y) for l in logits)}, {"sup": 1.}
-        if not o.no_cross_teaching:
-            L["cross"], weight["cross"] = cross_teaching_loss(*logits_u), o.cross_weight * ramp_up(step, .75 * T)
-        if not o.no_rsl:
-            L["RSL"], weight["RSL"] = sum(segmentation_loss(l, y_warped) for l in logits_u), o.rsl_weight * decay(step, T)
-        if not o.no_contrast:
-            both = step >= .075 * T                                        # the labelled slices alone at first [base]
-            pair = [[torch.cat([a, b]) for a, b in zip(*m)] if both else m[0] for m in zip(maps, maps_u)]
-            other = [l.argmax(1) for l in logits_u[::-1]]                  # class of an unlabelled pixel: what the other network says
-            labels = [torch.cat([y, y_u]) if both else y for y_u in other]
-            L["contrast"], weight["contrast"] = contrast_terms(pair, labels, o), o.contrast_weight
-        if not o.no_reps:
-            full = [torch.cat([a[1], b[1]]) for a, b in zip(maps, maps_u)]
-            L["REPS"] = reps_terms(full, torch.cat([place, place_u]), torch.cat([volume, volume_u]), banks, o)
-            weight["REPS"] = o.reps_weight
+        labelled = draw_batch(dataset, numbers, o.batch // 2, None, places, o, device)
+        rest = draw_batch(dataset, unlabelled, o.batch // 2, warped, places, o, device)
+        L, weight = terms(students, banks, labelled, rest, step, o)
         # L = L_sup + w(t) L_CT + omega(t) L_RSL + lambda_c L_contrast + lambda_r L_REPS
         loss = sum(weight[k] * L[k] for k in L)
         optimiser.zero_grad()
@@ -863,14 +896,14 @@ def peek(students, dataset, unlabelled, warped, o, device):
 
 def peek_registration(dataset, pairs, frames, volume, n, classes):
     """Mean label Dice of one pair before, after the affine map, and after all, on the volume's own slices."""
-    image, spacing, numbers = stack(dataset, volume)
+    shape, spacing, numbers = voxels(dataset, volume)
     truth, pair = dataset.label(numbers).numpy(), pairs[volume, n]
     if (truth == 255).any():
         return {}
     still = torch.zeros_like(pair["back"])
     kinds = {"dice_before": dict(A=torch.eye(3, 4), back=still), "dice_affine": dict(A=pair["A"], back=still), "dice_after": pair}
-    return {k: common.nanmean(common.dice_score(frames[n].warp_label(p, image.shape[2:], spacing).numpy(), truth,
-                                                range(1, classes)).values()) for k, p in kinds.items()}
+    return {k: common.nanmean(common.dice_score(frames[n].warp_label(p, shape, spacing).numpy(), truth, range(1, classes)).values())
+            for k, p in kinds.items()}
 
 
 # ------------------------------------------------------------------------------------------------ evaluation and figures
@@ -974,8 +1007,7 @@ def draw_registration(dataset, cases, pairs, frames, volumes, labelled, o, path)
     for u, row in zip(some, axes):
         n = best_partner(pairs, u, labelled, not o.no_brs)
         frame, pair = frames[n], pairs[u, n]
-        image, spacing, _ = stack(dataset, u)
-        moving, middle = on_grid(image, spacing, points(shape, step)), len(frame.p) // 2
+        moving, middle = on_grid(stack(dataset, u), voxels(dataset, u)[1], points(shape, step)), len(frame.p) // 2
         d = F.interpolate(pair["there"][None], frame.p.shape[:3], mode="trilinear")          # [1, 3, Z, Y, X]
         affine = move(pair["A"][None], frame.p)
         after = move(pair["A"][None], frame.p + d[0].movedim(0, -1))

@@ -149,7 +149,7 @@ def test_no_token_sees_across_the_border_and_shifted_windows_join():
     torch.manual_seed(0)
     x = torch.rand(1, 18, 18, 12)
     y = x.clone()
-    y[:, 0, 0] += 1
+    y[:, 0, 0] += torch.rand(12)
     changed = lambda *blocks: (torch.nn.Sequential(*blocks)(x) - torch.nn.Sequential(*blocks)(y)).abs().amax(-1)[0] > 1e-7
     plain, shifted = cct_r.SwinBlock(12, 6, 3, 0), cct_r.SwinBlock(12, 6, 3, 3)
     assert torch.equal(changed(plain).nonzero().amax(0), torch.tensor([5, 5]))
@@ -334,11 +334,11 @@ def test_a_volume_is_its_own_best_match_and_its_label_comes_back(setting, regist
     _, cases, _, dataset = setting
     pairs, frames, _, labelled, _ = registered
     n = labelled[0]
-    image, spacing, numbers = cct_r.stack(dataset, n)
-    back = frames[n].warp_label(pairs[n, n], image.shape[2:], spacing).numpy()
+    shape, spacing, numbers = cct_r.voxels(dataset, n)
+    back = frames[n].warp_label(pairs[n, n], shape, spacing).numpy()
     assert common.nanmean(common.dice_score(back, dataset.label(numbers).numpy(), [1, 2, 3]).values()) > .9
     still = dict(A=torch.eye(3, 4), back=torch.zeros_like(pairs[n, n]["back"]))                          # the identity: exactly the label
-    assert np.array_equal(frames[n].warp_label(still, image.shape[2:], spacing).numpy(), dataset.label(numbers).numpy())
+    assert np.array_equal(frames[n].warp_label(still, shape, spacing).numpy(), dataset.label(numbers).numpy())
     assert set(np.unique(back)) <= set(range(4))                                                         # label values are kept
 
 
@@ -350,10 +350,10 @@ def test_places_and_partners(setting, registered):
     assert all(pairs[u, best]["cycle"] <= pairs[u, n]["cycle"] for n in labelled)
     assert {cct_r.best_partner(pairs, v, labelled, False) for v in volumes} == set(labelled)     # in turn
     assert cct_r.best_partner(pairs, labelled[0], labelled) != labelled[0]
-    image, spacing, numbers = cct_r.stack(dataset, labelled[0])
-    assert torch.allclose(places[numbers].movedim(1, -1).float(), cct_r.points(image.shape[2:], spacing), atol=.1)   # the common frame itself
+    shape, spacing, numbers = cct_r.voxels(dataset, labelled[0])
+    assert torch.allclose(places[numbers].movedim(1, -1).float(), cct_r.points(shape, spacing), atol=.1)   # the common frame itself
     assert warped[numbers].max() == 0                                                                    # warped labels: for unlabelled volumes only
-    assert warped[cct_r.stack(dataset, u)[2]].max() == 3
+    assert warped[cct_r.voxels(dataset, u)[2]].max() == 3
     outside = [i for i in range(len(dataset.volume)) if dataset.volume[i] not in volumes]
     assert warped[outside].max() == 0 and places[outside].isnan().all()                                  # validation and test: nothing
 
