@@ -53,7 +53,7 @@ from common import (PHANTOM_VERSION, DataError, UNet, default_grid, find_cases, 
                     split_patients, warp)
 
 METHOD = "cct_r"
-REGISTRATION_VERSION = 3
+REGISTRATION_VERSION = 4
 SCRATCH_OPTIONS = ("data", "split", "precision", "width", "spacing", "size", "steps", "batch", "lr", "rotation")
 
 # ------------------------------------------------------------------------------------------------ options
@@ -233,26 +233,30 @@ def control_points(shape, step, across):
     return points(counts, [s / n for s, n in zip(size, counts)])
 
 
-def register_deformable(fixed, moving, weight, step, levels=(9, 15), steps=40, stiffness=.3):
+def register_deformable(fixed, moving, weight, step, levels=((9, 2), (15, 1)), steps=40, stiffness=.3):
     """Smooth displacements u [B, 3, z, y, x] (mm) of control points such that `moving` at x + u(x) looks like `fixed` at x.
 
     fixed, moving, weight [B, 1, Z, Y, X] on one grid with voxels of `step` mm. Coarse to fine: `levels` are the numbers of control
-    points along the longest side; between them u is trilinear. `stiffness` weighs the mean square of the velocity's gradient.
+    points along the longest side, between which u is trilinear, and the factor by which the images are made smaller in plane.
+    `stiffness` weighs the mean square of the velocity's gradient.
     """
-    shape, v = fixed.shape[2:], torch.zeros(len(fixed), 3, 3, 3, 3)
-    p, both = points(shape, step), torch.cat([moving, weight], 1)
-    for across in levels:
-        places = control_points(shape, step, across)                       # [z, y, x, 3]
-        mm = [s * n / k for s, n, k in zip(step, shape, places.shape)]
+    whole, v = fixed.shape[2:], torch.zeros(len(fixed), 3, 3, 3, 3)
+    for across, smaller in levels:
+        places = control_points(whole, step, across)                       # [z, y, x, 3]
+        mm = [s * n / k for s, n, k in zip(step, whole, places.shape)]     # between control points
+        shape = [whole[0], *(math.ceil(n / smaller) for n in whole[1:])]   # [Z, Y / smaller, X / smaller]
+        small = [s * n / k for s, n, k in zip(step, whole, shape)]         # the voxels of this level
+        f, m, w = (F.interpolate(x, shape, mode="area") for x in (fixed, moving, weight))
+        p, both = points(shape, small), torch.cat([m, w], 1)
         v = F.interpolate(v, places.shape[:3], mode="trilinear").requires_grad_()            # [B, 3, z, y, x]
         optimiser = torch.optim.Adam([v])
         for n in range(steps):
-            optimiser.param_groups[0]["lr"] = step[1] / 5 * .5 * (1 + math.cos(math.pi * n / steps))
+            optimiser.param_groups[0]["lr"] = small[1] / 5 * .5 * (1 + math.cos(math.pi * n / steps))
             d = F.interpolate(exponential(v, places), shape, mode="trilinear")               # [B, 3, Z, Y, X]
-            m, w = sample(both, p + d.movedim(1, -1), step).split(1, 1)
+            m, w = sample(both, p + d.movedim(1, -1), small).split(1, 1)
             rough = sum((v.diff(dim=k) / mm[k - 2]).square().mean((1, 2, 3, 4)) for k in (2, 3, 4))     # [B]
             optimiser.zero_grad()
-            (stiffness * rough - local_correlation(fixed, m, w)).sum().backward()
+            (stiffness * rough - local_correlation(f, m, w)).sum().backward()
             optimiser.step()
         v = v.detach()
     return exponential(v, places)
