@@ -13,29 +13,31 @@ of two volumes that registration brings to one place are the same anatomy, whate
 Paper, code, and what we chose. [paper]: its abstract, captions and published reviews, for no text of its method section could be
 read; [base]: the code of MCSC (BMVC 2023), which it extends; [ours]: silent there, or changed by us. The authors' repository has
 no code.
- 1. Registration is done offline [paper]. How is ours: every volume to every labelled one, affine from 225 starts, then the flow of a
-    smooth velocity, coarse to fine, on the signed square of local cross-correlation, in the box about the labelled volume's label.
- 2. Best registration selection by cycle consistency [paper]; its score: mean over the box of || T_back(T_there(x)) - x || [ours].
+ 1. Registration is done offline [paper]. How is ours: every volume to every labelled one, in the box about the labelled volume's
+    label; affine from 225 starts, corrected from the other side; then each way the flow of a smooth velocity, coarse to fine, on
+    the signed square of local cross-correlation.
+ 2. Best registration selection by cycle consistency [paper]; its score: || T_back(T_there(x)) - x ||, mean over the labelled
+    volume's organs [ours]: over the whole box, most of it background, it does not rank registrations (README).
  3. RSL: labels warped by the best registration [paper]; one-hot, linearly, then arg max; 0.5 (cross-entropy + Dice) for both
     networks, weight omega_0 exp(-5 (t/T)^2) [ours].
  4. REPS: positives from registration, from a memory bank [paper]. Common place: through the best partner to the frame of the first
     labelled volume; the 4 nearest features of other volumes within 8 mm; its own term beside the contrast [ours].
  5. Cross teaching: Dice with the other's arg max, 0.1 exp(-5 (1 - t/T_r)^2), T_r = 3/4 of the steps [base].
  6. Local contrast with class-balanced denominators at two levels, in blocks, both networks and all images together, labelled
-    slices alone for the first 7.5 % of the steps [base]. Blocks of 12 x 12 pixels of which every second row and column counts, 16
+    slices alone for the first 7.5 % of the steps [base]. Blocks of 12 x 12 pixels of which every second row and column counts, 6
     random ones a step [ours]; [base]: 19 x 19, all. We do not copy its defects: features and labels in different orders, a row of
     blocks too few, the U-Net left in eval mode.
  7. Labelled and unlabelled slices have forward passes of their own [ours]; [base]: one batch. See pix2rep.py, no. 12.
  8. The two networks see one slice with intensities of their own [ours].
- 9. U-Net 16 to 256 channels, the result; Swin-UNet with patches of 4 x 4 [base]; three stages of 48 to 192 channels, window 6, from
-    scratch [ours]; [base]: Swin-T, ImageNet weights, window 7 (`--swin-dim 96 --window 7 --swin-weights FILE`).
-10. AdamW, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; 1200 steps of 4 + 4 at 96 x 96, cosine [ours]. The baseline has the same
-    steps with 8 labelled slices, and is that of the other methods' scripts.
+ 9. U-Net 16 to 256 channels, the result; Swin-UNet with patches of 4 x 4 [base]; three stages of 48 to 192 channels, window 6,
+    from scratch [ours]; [base]: Swin-T, ImageNet weights, window 7 (`--swin-dim 96 --window 7 --swin-weights FILE`).
+10. AdamW, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; 1200 steps of 4 + 4 at 96 x 96, cosine [ours]. The baseline has the
+    same steps with 8 labelled slices, and is that of the other methods' scripts.
 11. Warped labels are used for unlabelled training volumes only. The labels of these volumes are read in one place, to draw Fig. 4
     and to judge the registration (`--no-peek` forbids it). Test patients choose nothing; the last checkpoint is scored [ours].
 
-Letters: B slices in a batch, C channels, K classes, S network size, V slices of a volume, Z, Y, X and z, y, x voxels of a box and its
-control points, d features of a pixel, n pixels of a group or anchors, G groups, M features in the bank, N slices of a dataset.
+Letters: B slices in a batch, C channels, K classes, S network size, V slices of a volume, Z, Y, X and z, y, x voxels of a box and
+its control points, d features of a pixel, n pixels of a group or anchors, G groups, M features in the bank, N slices of a dataset.
 """
 import argparse, hashlib, json, math, sys, time
 from collections import OrderedDict
@@ -66,7 +68,7 @@ def parse_options(arguments=None):
     run.add_argument("--data", help="folder of a dataset (default: the phantom, made on the first run)")
     run.add_argument("--out", default="runs/cct_r", help="folder for results")
     run.add_argument("--cache", default="cache", help="folder for prepared slices and registrations")
-    run.add_argument("--labelled", type=int, nargs="+", default=[1, 3, 7], help="numbers of labelled patients")
+    run.add_argument("--labelled", type=int, nargs="+", help="numbers of labelled patients (default: 1 3 7; phantom: 1 3)")
     run.add_argument("--seeds", type=int, nargs="+", help="seeds of training (default: 0 1 2; phantom: 0)")
     run.add_argument("--split", choices=["test", "val"], default="test", help="patients to score; choose options on val")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -112,7 +114,7 @@ def parse_options(arguments=None):
     train.add_argument("--temperature", type=float, default=.1, help="tau (base: 0.1)")
     train.add_argument("--projection", type=int, default=64, help="d, width of the projectors (base: 128)")
     train.add_argument("--block", type=int, default=12, help="side in pixels of a local block (base: 19 of 224)")
-    train.add_argument("--groups", type=int, default=16, help="blocks of the full map a step (base: all)")
+    train.add_argument("--groups", type=int, default=6, help="blocks of the full map a step (base: all)")
     train.add_argument("--bank", type=int, default=4096, help="features of the memory bank (paper: not known)")
     train.add_argument("--anchors", type=int, default=256, help="anchors of REPS a step (paper: not known)")
     train.add_argument("--positives", type=int, default=4, help="positives of an anchor at most (paper: not known)")
@@ -176,15 +178,15 @@ def local_correlation(a, b, weight, radius=(1, 2, 2), flat=1e-3):
     return (cc * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ registration: affine, then smooth
+# ---------------------------------------------------------------------------------------------- registration: affine, then smooth
 
 
 def register_affine(fixed, weight, p, moving, step, steps=40, keep=4, turn=.5):
     """Affine maps [A | b] [B, 3, 4] (mm) such that `moving` at A x + b looks like `fixed` at x, and their similarity [B].
 
-    fixed, weight [B, 1, Z, Y, X] on the places p [Z, Y, X, 3]; moving [B, 2, ...]: image and a mask of its scan, voxels of `step` mm;
-    either may be one for all. From 225 starts (turns about z, shifts of up to a sixth of the box) the best `keep` of every volume
-    are refined by Adam.
+    fixed, weight [B, 1, Z, Y, X] on the places p [Z, Y, X, 3]; moving [B, 2, ...]: image and a mask of its scan, voxels of `step`
+    mm; either may be one for all. From 225 starts (turns about z, shifts of up to a sixth of the box) the best `keep` of every
+    volume are refined by Adam.
     """
     B, reach = max(len(fixed), len(moving)), (p.amax((0, 1, 2)) - p.amin((0, 1, 2))) / 6
     fixed, weight, moving = (x.expand(B, *x.shape[1:]) for x in (fixed, weight, moving))
@@ -472,7 +474,7 @@ class WindowAttention(nn.Module):
         bias = (bias + mask[:, None]).to(q)                                # [w, heads, n, n]
         # softmax(q k' / sqrt(d) + bias) v
         logits = (q * q.shape[-1] ** -.5) @ k.mT                           # [B w, heads, n, n]
-        x = (logits.unflatten(0, (-1, len(mask))) + bias).flatten(0, 1).softmax(-1).to(v) @ v         # [B w, heads, n, dim / heads]
+        x = (logits.unflatten(0, (-1, len(mask))) + bias).flatten(0, 1).softmax(-1).to(v) @ v    # [B w, heads, n, dim / heads]
         return self.proj(x.transpose(1, 2).reshape(Bw, n, dim))
 
 
@@ -548,8 +550,8 @@ class PatchExpanding(nn.Module):
 class SwinUNet(nn.Module):
     """A U-Net of Swin blocks (Cao et al. 2021; Liu et al. 2021): patches of 4 x 4, three stages down, two up, skips between them.
 
-    Any input size: it pads to a multiple of 16 inside, and every block pads to its window. The encoder's names are those of Swin-T's
-    published checkpoints, for `load_swin`.
+    Any input size: it pads to a multiple of 16 inside, and every block pads to its window. The encoder's names are those of
+    Swin-T's published checkpoints, for `load_swin`.
     """
     def __init__(self, channels, classes, dim=48, window=6, depths=(2, 2, 2), heads=(3, 6, 12)):
         super().__init__()
@@ -684,7 +686,7 @@ def local_contrast(maps, labels, size, groups, temperature):
 class MemoryBank(nn.Module):
     """The last `size` pixel features of one network, each with its common place (mm) and volume; the oldest are overwritten."""
     def __init__(self, size, dim):
-        super().__init__()                                                 # a module, so that its state is saved with the networks'
+        super().__init__()                                                 # a module, so that its state is saved as theirs is
         self.register_buffer("z", torch.zeros(size, dim))
         self.register_buffer("place", torch.full((size, 3), 1e6))
         self.register_buffer("volume", torch.full((size,), -1))            # -1: empty
@@ -708,7 +710,7 @@ def reps_loss(z, place, volume, bank, radius, k, temperature):
 
         L_REPS = - mean_i 1/|R(i)| sum_{p in R(i)} log exp(z_i.z_p/tau) / sum_{a in bank} exp(z_i.z_a/tau)    (REPS)
 
-    z [n, d] before normalisation, place [n, 3] in mm, volume [n]. A scalar; anchors without a positive are left out, 0 if none has.
+    z [n, d] before normalisation, place [n, 3] in mm, volume [n]. A scalar; anchors without a positive are left out; 0 if all are.
     """
     z, filled = F.normalize(z.float(), dim=1), bank.volume >= 0
     R, near = bank.nearest(place, volume, radius, k)                       # [n, k] each
@@ -735,7 +737,7 @@ class Students(nn.Module):
         self.projectors = nn.ModuleList(nn.ModuleList(nn.Conv2d(C, o.projection, 1) for C in pair) for pair in widths)
 
     def forward(self, views):
-        """Each network on its own view [B, C, S, S]: logits 2 x [B, K, S, S], features 2 x ([B, d, S/8, S/8], [B, d, S/2, S/2])."""
+        """Each network on its view [B, C, S, S]: logits 2 x [B, K, S, S], features 2 x ([B, d, S/8, S/8], [B, d, S/2, S/2])."""
         encoded = self.unet.encoder(views[0])
         maps = [(self.unet.decoder(encoded, 1), self.unet.decoder(encoded)), self.swin.maps(views[1])]
         logits = [net.head(full).float() for net, (_, full) in zip((self.unet, self.swin), maps)]
@@ -787,7 +789,7 @@ def terms(students, banks, labelled, rest, step, o):
     (views, y, place, volume), (views_u, y_warped, place_u, volume_u), T = labelled, rest, o.steps
     with torch.autocast(y.device.type, o.dtype, enabled=o.dtype != torch.float32):
         logits, maps = students(views)
-        logits_u, maps_u = students(views_u)                               # apart: in one batch, normalisation tells the halves apart
+        logits_u, maps_u = students(views_u)                               # by themselves: see no. 7
     L, weight = {"sup": sum(segmentation_loss(l, y) for l in logits)}, {"sup": 1.}
     if not o.no_cross_teaching:
         L["cross"], weight["cross"] = cross_teaching_loss(*logits_u), o.cross_weight * ramp_up(step, .75 * T)
@@ -796,7 +798,7 @@ def terms(students, banks, labelled, rest, step, o):
     if not o.no_contrast:
         both = step >= .075 * T                                            # the labelled slices alone at first [base]
         pair = [[torch.cat([a, b]) for a, b in zip(*m)] if both else m[0] for m in zip(maps, maps_u)]
-        other = [l.argmax(1) for l in logits_u[::-1]]                      # class of an unlabelled pixel: what the other network says
+        other = [l.argmax(1) for l in logits_u[::-1]]                      # an unlabelled pixel's class: the other network's
         labels = [torch.cat([y, y_u]) if both else y for y_u in other]
         L["contrast"], weight["contrast"] = contrast_terms(pair, labels, o), o.contrast_weight
     if not o.no_reps:
@@ -879,8 +881,8 @@ def finetune(name, dataset, numbers, classes, seed, o, device, out):
 
 # ------------------------------------------------------------------------------------------------ what looks at held-back labels
 
-# Only here are labels of unlabelled volumes read, to draw Fig. 4 and to judge the registration. Nothing that trains sees what these
-# two functions return; --no-peek switches both off.
+# Only here are labels of unlabelled volumes read, to draw Fig. 4 and to judge the registration. Nothing that trains sees what
+# these two functions return; --no-peek switches both off.
 
 
 @torch.no_grad()
@@ -906,8 +908,8 @@ def peek_registration(dataset, pairs, frames, volume, n, classes):
         return {}
     still = torch.zeros_like(pair["back"])
     kinds = {"dice_before": dict(A=torch.eye(3, 4), back=still), "dice_affine": dict(A=pair["A"], back=still), "dice_after": pair}
-    return {k: common.nanmean(common.dice_score(frames[n].warp_label(p, shape, spacing).numpy(), truth, range(1, classes)).values())
-            for k, p in kinds.items()}
+    score = lambda p: common.dice_score(frames[n].warp_label(p, shape, spacing).numpy(), truth, range(1, classes))
+    return {k: common.nanmean(score(p).values()) for k, p in kinds.items()}
 
 
 # ------------------------------------------------------------------------------------------------ evaluation and figures
@@ -1043,20 +1045,20 @@ def draw_pseudo_labels(out, names, path):
 
 
 def draw_correspondences(dataset, cases, prior, volumes, o, path):
-    """What REPS takes for the same place: pixels of one slice, and in other volumes the pixels nearest to them in the common frame."""
-    _, places = prior
-    middle = lambda v: int(np.flatnonzero(dataset.volume == v)[0] + dataset.depth[np.flatnonzero(dataset.volume == v)[0]] // 2)
-    some = [volumes[int(k)] for k in np.linspace(0, len(volumes) - 1, min(6, len(volumes)))]
-    figure, axes = common.new_figure(1, len(some))
-    S, query = o.size, middle(some[0])
+    """What REPS takes for the same place: pixels of one slice, and in other volumes those nearest to them in the common frame."""
+    places = prior[1].float().nan_to_num(1e6)                              # [N, 3, S, S]
+    some, S = [volumes[int(k)] for k in np.linspace(0, len(volumes) - 1, min(6, len(volumes)))], o.size
+    numbers = voxels(dataset, some[0])[2]
+    query = places[numbers[len(numbers) // 2]]                             # [3, S, S]: the first volume's middle slice
     spots = [(S // 2 + dy, S // 2 + dx) for dy in (-S // 8, 0, S // 8) for dx in (-S // 8, 0, S // 8)]
+    figure, axes = common.new_figure(1, len(some))
     for axis, v in zip(axes[0], some):
-        numbers = np.flatnonzero(dataset.volume == v)
-        number = query if v == some[0] else numbers[np.nanargmin([
-            (places[k].float() - places[query, :, S // 2, S // 2, None, None].float()).norm(dim=0).nan_to_num(1e6).min() for k in numbers])]
+        numbers = voxels(dataset, v)[2]
+        centre = (places[numbers] - query[:, S // 2, S // 2, None, None]).norm(dim=1)        # [V, S, S] mm
+        number = numbers[int(centre.amin((1, 2)).argmin())]                # the slice with the centre's place
         common.show(axis, dataset.image(np.array([number]))[0, 0], title=f"{cases[v].name}, slice {dataset.slice[number] + 1}")
         for k, (r, c) in enumerate(spots):
-            far = (places[number].float() - places[query, :, r, c, None, None].float()).norm(dim=0).nan_to_num(1e6)      # [S, S]
+            far = (places[number] - query[:, r, c, None, None]).norm(dim=0)                  # [S, S] mm
             if far.min() <= o.radius:
                 y, x = divmod(int(far.argmin()), S)
                 axis.plot(x, y, "o", color=f"C{k}", markersize=4, mec="white", mew=.5)
@@ -1081,9 +1083,9 @@ def draw_all(dataset, cases, split, kept, o, device, out, summary):
 
 # ------------------------------------------------------------------------------------------------ main
 
-# The time of this default run is not yet measured (aim: 5 minutes); with 7 labelled patients it registers 784 pairs.
-PHANTOM = dict(seeds=[0], steps=160, spacing=2.5, size=64)
-REAL = dict(seeds=[0, 1, 2], steps=1200)
+# Three labelled patients of the phantom are 336 pairs to register; seven would be 784.
+PHANTOM = dict(labelled=[1, 3], seeds=[0], steps=160, spacing=2.5, size=64)
+REAL = dict(labelled=[1, 3, 7], seeds=[0, 1, 2], steps=1200)
 # --paper: what is known of the base method's configuration [base]
 PAPER = dict(size=224, steps=40000, batch=4, lr=5e-4, swin_lr=1e-4, swin_dim=96, window=7, projection=128, block=19, groups=144)
 
@@ -1135,8 +1137,8 @@ def main(arguments=None):
     out = common.start_run(o.out, o.saved, o.resume)
     print(f"{root}: {cases.layout}, {len(cases)} volumes, {len(dataset.volume)} slices, classes {', '.join(cases.classes)}")
     print("\n".join(f"warning: {w}" for w in cases.warnings) + "\n" * bool(cases.warnings) +
-          f"split {split['rule']}: {len(split['train'])} train, {len(split['val'])} val, {len(split['test'])} test; labelled in this "
-          f"order: {' '.join(split['labelled'][:max(o.labelled)])}")
+          f"split {split['rule']}: {len(split['train'])} train, {len(split['val'])} val, {len(split['test'])} test; labelled in "
+          f"this order: {' '.join(split['labelled'][:max(o.labelled)])}")
     print(f"options {o.saved}\non {device}, {torch.get_num_threads()} threads")
     begin = time.time()
     registered = {n: register(dataset, cases, split, n, o) for n in sorted(o.labelled)}      # what 1 needs, 3 reads from the cache
@@ -1151,8 +1153,8 @@ def main(arguments=None):
                     runs.append(run), volume_rows.extend(rows)
                 summary, gains = common.write_results(out, runs, volume_rows, cases.classes)
     draw_all(dataset, cases, split, registered[min(o.labelled)], o, device, out, summary)
-    print(f"\n{common.table(summary, gains, cases.classes)}\n{common.RULE}.\n{len(split[o.split])} {o.split} patients, mean ± std "
-          f"over {len(o.seeds)} seeds; gain over scratch in Dice points; "
+    print(f"\n{common.table(summary, gains, cases.classes)}\n{common.RULE}.\n{len(split[o.split])} {o.split} patients, mean ± "
+          f"std over {len(o.seeds)} seeds; gain over scratch in Dice points; "
           f"{sum(common.seconds_by_phase(out).values()):.0f} s. Results in {out}/")
 
 

@@ -666,8 +666,8 @@ def main(arguments=None):
                 runs.append(run), volume_rows.extend(rows)
                 summary, gains = common.write_results(out, runs, volume_rows, cases.classes)
     draw_all(dataset, cases, split, o, device, out, start, summary)
-    print(f"\n{common.table(summary, gains, cases.classes)}\n{common.RULE}.\n{len(split[o.split])} {o.split} patients, mean ± std "
-          f"over {len(o.seeds)} seeds; gain over scratch in Dice points; "
+    print(f"\n{common.table(summary, gains, cases.classes)}\n{common.RULE}.\n{len(split[o.split])} {o.split} patients, mean ± "
+          f"std over {len(o.seeds)} seeds; gain over scratch in Dice points; "
           f"{sum(common.seconds_by_phase(out).values()):.0f} s. Results in {out}/")
     for row in (r for r in summary if r["method"] == METHOD):
         needed = labels_needed(summary, row["mean_dice"]["mean"])

@@ -52,6 +52,13 @@ def test_a_known_affine_is_recovered(step):
     assert similarity > .9 and error.abs().mean() < .5 and error.abs().max() < 1                         # voxels
 
 
+def test_affine_maps_one_after_another_and_back():
+    torch.manual_seed(0)
+    A, B, p = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 4, 5, 6, 3)
+    assert torch.allclose(cct_r.move(cct_r.after_another(A, B), p), cct_r.move(A, cct_r.move(B, p)), atol=1e-4)
+    assert torch.allclose(cct_r.move(cct_r.inverse(A), cct_r.move(A, p)), p, atol=1e-3)
+
+
 def test_a_known_smooth_field_is_recovered():
     p = cct_r.points((16, 32, 32), STEP)
     d = 8 * torch.stack([0 * p[..., 0], torch.sin(p[..., 2] / 30), torch.cos(p[..., 1] / 30)])[None]     # [1, 3, Z, Y, X] mm
@@ -337,6 +344,7 @@ def test_a_volume_is_its_own_best_match_and_its_label_comes_back(setting, regist
     shape, spacing, numbers = cct_r.voxels(dataset, n)
     back = frames[n].warp_label(pairs[n, n], shape, spacing).numpy()
     assert common.nanmean(common.dice_score(back, dataset.label(numbers).numpy(), [1, 2, 3]).values()) > .9
+    assert pairs[n, n]["cycle"] < min(pairs[u, n]["cycle"] for u in range(len(cases)) if u != n and (u, n) in pairs)
     still = dict(A=torch.eye(3, 4), back=torch.zeros_like(pairs[n, n]["back"]))                          # the identity: exactly the label
     assert np.array_equal(frames[n].warp_label(still, shape, spacing).numpy(), dataset.label(numbers).numpy())
     assert set(np.unique(back)) <= set(range(4))                                                         # label values are kept
