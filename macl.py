@@ -363,8 +363,9 @@ def draw_branches(dataset, patients, o, device, start, path):
     common.load_weights(unet, start["unet"], start["parts"])
     heads.load_state_dict(start["heads"])
     numbers, few = common.middle_slices(dataset, patients), argparse.Namespace(**vars(o))
-    few.pretrain_batch, few.lambda2 = len(patients), 1.                    # draw the dense maps of PCL as well
-    (I1, I2, V1, V2), pick = view_batch(dataset, numbers, few, device)
+    few.pretrain_batch, few.lambda2 = 1, 1.                                # draw the dense maps of PCL as well
+    each = [view_batch(dataset, numbers[v:v + 1], few, device)[0] for v in range(len(numbers))]
+    I1, I2, V1, V2 = (torch.cat(x) for x in zip(*each))                    # [V, C, S, S] each
     pair = branches(unet, heads, (I1, I2, V1, V2), few)
     I1_small, V1_small = (F.interpolate(x, scale_factor=.5 ** o.decoder_blocks, mode="bilinear") for x in (I1, V1))
     figure, axes = common.new_figure(len(patients), 8)
