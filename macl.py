@@ -19,7 +19,7 @@ Paper, code, and what we chose. [paper]: stated there; [code]: the authors' publ
  2. tau = 0.1 [paper]; the code's constant factor tau / 0.07 of the loss is dropped [ours].
  3. Eq. 9 sums over the anchors i; the code averages, and so do we: L_g, L_d and their chance ln(2N - 1) do not grow with N.
  4. Positives: |pos_i - pos_j| < threshold; 0.1 on CHD, 0.05 on BraTS [code], 0.35 on ACDC [PCL]; 0.1 here [ours]: with 0.35, 58 %
-    of ACDC's pairs are positive, and L_g and L_d stand still after 500 steps. A slice's other branch is at the same position, so
+    of ACDC's pairs are positive, and L_g and L_d hardly fall after 500 steps. A slice's other branch is at the same position, so
     no anchor is without a positive.
  5. Z^l is the decoder's output as it is; only the auxiliary branch has a g_pix: two (3x3 convolution, normalisation, LeakyReLU)
     [code]. g_ins: average pool, linear, ReLU, linear to 128 [code]. With 0 decoder blocks both branches are the same network and
