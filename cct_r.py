@@ -646,7 +646,7 @@ def balanced_contrastive_loss(z, y, temperature):
     z, Y = F.normalize(z.float(), dim=-1), F.one_hot(y.long()).float()     # [..., n, d], [..., n, K]
     with torch.autocast(z.device.type, enabled=False):
         sim = z @ z.mT / temperature                                       # [..., n, n]
-        # a summand of the denominator depends on a's class but for w, so that the sum over a is one product with Y
+        # w_ia depends on the classes of i and a alone: sum the exponentials of each class (E @ Y), then divide by its w
         E = (sim - 1 / temperature).exp() * (1 - torch.eye(z.shape[-2], device=z.device))    # sim <= 1 / tau: no overflow; a != i
         N = Y.sum(-2, keepdim=True)                                        # [..., 1, K]: N_c
         log_sum = (E @ Y / (N - Y).clamp(min=1)).sum(-1).clamp(min=1e-30).log() + 1 / temperature      # [..., n]

@@ -25,10 +25,13 @@ TINY_CCT_R = ["--size", "32", "--spacing", "5", "--width", "4", "--swin-dim", "1
               "--peek-every", "2"]
 
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}                         # tiny networks; numbers repeat for one thread count
+
+
 def run(script, *arguments, cwd=ROOT, **kwargs):
     """Run a script in a new process; returns what subprocess does, with text output."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True, timeout=300, stderr=subprocess.PIPE,
-                          stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)   # tiny networks: one thread
+                          stdout=subprocess.PIPE, env=ONE_THREAD, **kwargs)
 
 
 def refused(done, *words):

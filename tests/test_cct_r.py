@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHARED, TINY_CCT_R as TINY, refused, run
+from conftest import ONE_THREAD, ROOT, SHARED, TINY_CCT_R as TINY, refused, run
 
 import cct_r
 import common
@@ -431,7 +431,7 @@ def test_what_a_run_writes(finished):
 
 
 def test_kill_and_resume(finished, phantom):
-    """Killed with SIGKILL in registration and in training, and resumed: the numbers of the undisturbed run, the U-Net's exactly."""
+    """Killed with SIGKILL in registration and in training, and resumed: the numbers of the undisturbed run."""
     out, work, _ = finished
     command = [sys.executable, str(ROOT / "cct_r.py"), "--data", str(phantom), *TINY, "--seeds", "0", "--out", "killed", "--cache",
                "cache2"]
@@ -439,7 +439,7 @@ def test_kill_and_resume(finished, phantom):
     for target in ("../cache2/registration-*/*.pt", "scratch_n1_s0.pt", "training.pt", None):
         resume = ["--resume"] if (work / "killed").exists() else []
         before = set((work / "killed").glob(target)) if target else set()
-        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
         while target and process.poll() is None:
             if (work / "killed").exists() and set((work / "killed").glob(target)) - before:
                 process.send_signal(signal.SIGKILL)
@@ -449,13 +449,7 @@ def test_kill_and_resume(finished, phantom):
         _, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors
     assert killed >= 2 and process.returncode == 0
-    rows = [list(csv.DictReader((folder / "per_volume.csv").open())) for folder in (work / "killed", out)]
-    assert len(rows[0]) == len(rows[1])
-    for resumed, whole in zip(*rows):
-        if "Swin" in resumed["method"]:                                    # once in some 20 runs a voxel of it differed: rounding
-            assert abs(float(resumed["dice"]) - float(whole["dice"])) < .005, (resumed, whole)
-        else:
-            assert resumed == whole
+    assert (work / "killed/per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
 
 
 def test_options_init_and_scratch(finished, phantom):

@@ -4,7 +4,7 @@ import csv, json, math, signal, subprocess, sys, time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MACL as TINY, refused, run
+from conftest import ONE_THREAD, ROOT, TINY_MACL as TINY, refused, run
 
 import common
 import data
@@ -327,7 +327,7 @@ def test_pcl_reads_scratch_and_the_numbers_repeat(finished, phantom):
     killed = 0
     for target in ("pretraining.pt", "pretrained.pt", "finetuning.pt", None):
         resume = ["--resume"] if (work / "killed").exists() else []
-        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
         before = {f: f.stat().st_mtime_ns for f in (work / "killed").glob("*")} if resume else {}
         while target and process.poll() is None:
             file = work / "killed" / target

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHARED, TINY_PIX2REP as TINY, refused, run, save, volume
+from conftest import ONE_THREAD, ROOT, SHARED, TINY_PIX2REP as TINY, refused, run, save, volume
 
 import common
 import data
@@ -403,7 +403,7 @@ def test_kill_and_resume(finished, phantom):
     killed = 0
     for target in ("pretraining.pt", "pretrained.pt", "random-probe_n1_s0.pt", "finetuning.pt", "pix2rep-mt_n1_s0.pt", None):
         resume = ["--resume"] if (work / "killed").exists() else []
-        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
         before = {f: f.stat().st_mtime_ns for f in (work / "killed").glob("*")} if resume else {}
         while target and process.poll() is None:
             file = work / "killed" / target

@@ -5,7 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, TINY, refused, run, save, volume
+from conftest import ONE_THREAD, ROOT, SHARED, TINY, refused, run, save, volume
 
 import common
 import data
@@ -96,8 +96,7 @@ def test_kill_and_resume(finished, phantom):
     killed, seen = 0, set()
     for target in ("pretraining.pt", "pretrained.pt", "scratch_n1_s0.pt", "finetuning.pt", "sal_n1_s1.pt", None):
         resume = ["--resume"] if (work / "killed").exists() else []
-        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
         before = {f: f.stat().st_mtime_ns for f in (work / "killed").glob("*")} if resume else {}
         while target and process.poll() is None:
             file = work / "killed" / target
