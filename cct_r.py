@@ -19,7 +19,7 @@ no code.
  2. Best registration selection by cycle consistency [paper]; its score: || T_back(T_there(x)) - x ||, mean over the labelled
     volume's organs [ours]: over the whole box, most of it background, it does not rank registrations (README).
  3. RSL: labels warped by the best registration [paper]; one-hot, linearly, then arg max; 0.5 (cross-entropy + Dice) for both
-    networks, weight omega_0 exp(-5 (t/T)^2) [ours].
+    networks, weight omega_0 exp(-5 (t/T)^2), omega_0 = 1 [ours].
  4. REPS: positives from registration, from a memory bank [paper]. Common place: through the best partner to the frame of the first
     labelled volume; the 4 nearest features of other volumes within 8 mm; its own term beside the contrast [ours].
  5. Cross teaching: Dice with the other's arg max, 0.1 exp(-5 (1 - t/T_r)^2), T_r = 3/4 of the steps [base].
@@ -28,11 +28,13 @@ no code.
     random ones a step [ours]; [base]: 19 x 19, all. We do not copy its defects: features and labels in different orders, a row of
     blocks too few, the U-Net left in eval mode.
  7. Labelled and unlabelled slices have forward passes of their own [ours]; [base]: one batch. See pix2rep.py, no. 12.
- 8. The two networks see one slice with intensities of their own [ours].
+ 8. Each network sees a labelled slice with intensities of its own; the unlabelled ones keep theirs, for a network names the
+    pixels of a changed slice less well, and here its names are labels [ours].
  9. U-Net 16 to 256 channels, the result; Swin-UNet with patches of 4 x 4 [base]; three stages of 48 to 192 channels, window 6,
-    from scratch [ours]; [base]: Swin-T, ImageNet weights, window 7 (`--swin-dim 96 --window 7 --swin-weights FILE`).
-10. AdamW, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; 1200 steps of 4 + 4 at 96 x 96, cosine [ours]. The baseline has the
-    same steps with 8 labelled slices, and is that of the other methods' scripts.
+    a 3 x 3 convolution in every block, from scratch [ours]; [base]: Swin-T, ImageNet weights, window 7 (`--swin-dim 96
+    --window 7 --swin-weights FILE`).
+10. AdamW, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; 1200 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline has the
+    same steps with 8 labelled slices, as many as the two networks see together, and is that of the other methods' scripts.
 11. Warped labels are used for unlabelled training volumes only. The labels of these volumes are read in one place, to draw Fig. 4
     and to judge the registration (`--no-peek` forbids it). Test patients choose nothing; the last checkpoint is scored [ours].
 
@@ -97,8 +99,8 @@ def parse_options(arguments=None):
     reg.add_argument("--no-brs", action="store_true", help="ablation: partners in turn, not by cycle consistency")
     train = p.add_argument_group("training")
     train.add_argument("--steps", type=int, help="optimiser steps, also of the baseline (base: 40000)")
-    train.add_argument("--batch", type=int, default=8, help="slices a step, half labelled, half not; baseline: all labelled "
-                       "(base: 4)")
+    train.add_argument("--batch", type=int, default=8, help="slices through a network in a step: two networks with a quarter "
+                       "labelled, a quarter unlabelled each; baseline: all labelled (base: 8, as 2 x (2 + 2))")
     train.add_argument("--lr", type=float, default=2e-3, help="of the U-Net, AdamW, cosine to 0 (base: 5e-4, poly 0.9)")
     train.add_argument("--swin-lr", type=float, default=5e-4, help="of the Swin-UNet, after 5 %% warm-up (base: 1e-4)")
     train.add_argument("--init-lr", type=float, default=1e-3, help="of a U-Net that starts from --init (ours)")
@@ -108,7 +110,7 @@ def parse_options(arguments=None):
     train.add_argument("--no-rsl", action="store_true", help="ablation: no warped labels")
     train.add_argument("--no-reps", action="store_true", help="ablation: no positives from registration")
     train.add_argument("--cross-weight", type=float, default=.1, help="of cross teaching, after its ramp (base: 0.1)")
-    train.add_argument("--rsl-weight", type=float, default=.5, help="omega_0 of RSL, at the first step (paper: not known)")
+    train.add_argument("--rsl-weight", type=float, default=1., help="omega_0 of RSL, at the first step (paper: not known)")
     train.add_argument("--contrast-weight", type=float, default=.002, help="of the local contrast (base: 0.001 a network)")
     train.add_argument("--reps-weight", type=float, default=.01, help="of REPS (paper: not known)")
     train.add_argument("--temperature", type=float, default=.1, help="tau (base: 0.1)")
@@ -504,10 +506,15 @@ def attention_mask(H, W, w, shift, real_h, real_w):
 
 
 class SwinBlock(nn.Module):
-    """Attention in windows, shifted by half a window in every second block, and a perceptron, both residual: [B, H, W, C]."""
+    """Attention in windows, shifted by half a window in every second block, and a perceptron, both residual: [B, H, W, C].
+
+    A 3 x 3 convolution of each channel comes first (Chu et al. 2021): windows do not know where in the image they are, and with
+    few scans that is hard to do without (ours; README).
+    """
     def __init__(self, dim, window, heads, shift):
         super().__init__()
         self.window, self.shift = window, shift
+        self.place = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, window, heads)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
@@ -516,6 +523,7 @@ class SwinBlock(nn.Module):
         B, H, W, C = x.shape
         w = self.window
         pad_h, pad_w, shift = -H % w, -W % w, self.shift if max(H, W) > w else 0             # one window: nothing to shift
+        x = x + self.place(x.movedim(-1, 1)).movedim(1, -1)
         y = F.pad(self.norm1(x), (0, 0, 0, pad_w, 0, pad_h)).roll((-shift, -shift), (1, 2))  # [B, H + pad_h, W + pad_w, C]
         mask = attention_mask(H + pad_h, W + pad_w, w, shift, H, W).to(x.device)
         y = from_windows(self.attn(to_windows(y, w), mask), w, H + pad_h, W + pad_w)
@@ -746,9 +754,9 @@ class Students(nn.Module):
 
 
 def draw_batch(dataset, numbers, n, warped, places, o, device):
-    """n random slices, moved at random, and seen by each network with intensities of its own.
+    """n random slices, moved at random; each network sees the labelled ones with intensities of its own.
 
-    Returns views 2 x [n, C, S, S]; labels [n, S, S], the true ones or, if `warped` [N, S, S] is given, those; common places
+    Returns views 2 x [n, C, S, S]; labels [n, S, S], the true ones or, for unlabelled slices, `warped` [N, S, S]; common places
     [n, S, S, 3] in mm, nan where there is none; volumes [n].
     """
     pick = numbers[torch.randint(len(numbers), (n,)).numpy()]
@@ -758,7 +766,8 @@ def draw_batch(dataset, numbers, n, warped, places, o, device):
     outside = (grid.abs() > 1).any(-1)                                     # grid_sample has 0 there, which is a place
     place = place.movedim(1, -1).masked_fill(outside[..., None], torch.nan)
     x = warp(dataset.image(pick, device), grid)
-    views = [photometric(x).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+    views = [photometric(x), photometric(x)] if warped is None else [x, x]                   # see no. 8
+    views = [v.contiguous(memory_format=torch.channels_last) for v in views]
     return views, warp(label, grid, "nearest"), place, torch.from_numpy(dataset.volume[pick]).to(device)
 
 
@@ -830,8 +839,8 @@ def train(name, dataset, numbers, unlabelled, prior, classes, seed, o, device, o
     for step in bar:
         for group, warm in zip(optimiser.param_groups, (0, .05 * T)):      # a transformer needs a warm-up
             group["lr"] = group["peak"] * min(1, (step + 1) / (warm + 1)) * .5 * (1 + math.cos(math.pi * step / T))
-        labelled = draw_batch(dataset, numbers, o.batch // 2, None, places, o, device)
-        rest = draw_batch(dataset, unlabelled, o.batch // 2, warped, places, o, device)
+        labelled = draw_batch(dataset, numbers, o.batch // 4, None, places, o, device)
+        rest = draw_batch(dataset, unlabelled, o.batch // 4, warped, places, o, device)
         L, weight = terms(students, banks, labelled, rest, step, o)
         # L = L_sup + w(t) L_CT + omega(t) L_RSL + lambda_c L_contrast + lambda_r L_REPS
         loss = sum(weight[k] * L[k] for k in L)
@@ -1087,7 +1096,7 @@ def draw_all(dataset, cases, split, kept, o, device, out, summary):
 PHANTOM = dict(labelled=[1, 3], seeds=[0], steps=160, spacing=2.5, size=64)
 REAL = dict(labelled=[1, 3, 7], seeds=[0, 1, 2], steps=1200)
 # --paper: what is known of the base method's configuration [base]
-PAPER = dict(size=224, steps=40000, batch=4, lr=5e-4, swin_lr=1e-4, swin_dim=96, window=7, projection=128, block=19, groups=144)
+PAPER = dict(size=224, steps=40000, batch=8, lr=5e-4, swin_lr=1e-4, swin_dim=96, window=7, projection=128, block=19, groups=144)
 
 
 def resolve(o, cases):
@@ -1100,7 +1109,7 @@ def resolve(o, cases):
         o.spacing, o.size = o.spacing or spacing, o.size or size
     problems = [
         (o.size % 16 or o.size < 32, f"--size {o.size}: use a multiple of 16, 32 or more"),
-        (o.batch < 4 or o.batch % 2, f"--batch {o.batch}: half is labelled and half is not; use an even number, 4 or more"),
+        (o.batch < 8 or o.batch % 4, f"--batch {o.batch}: two networks see a quarter labelled and a quarter not; use 8, 12, 16 ..."),
         (o.swin_dim % 6, f"--swin-dim {o.swin_dim}: use a multiple of 6, for its three heads and two halves"),
         (o.window < 2, f"--window {o.window}: use 2 or more"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),

@@ -20,7 +20,7 @@ TINY_PIX2REP = ["--size", "32", "--spacing", "5", "--width", "4", "--dim", "8", 
 TINY_MACL = ["--size", "32", "--spacing", "5", "--width", "4", "--pretrain-size", "64", "--pretrain-steps", "6", "--pretrain-batch", "4",
              "--steps", "4", "--batch", "4", "--labelled", "1", "--save-every", "2"]
 
-TINY_CCT_R = ["--size", "32", "--spacing", "5", "--width", "4", "--swin-dim", "12", "--window", "4", "--steps", "4", "--batch", "4", "--labelled",
+TINY_CCT_R = ["--size", "32", "--spacing", "5", "--width", "4", "--swin-dim", "12", "--window", "4", "--steps", "4", "--batch", "8", "--labelled",
               "1", "--save-every", "2", "--projection", "8", "--block", "8", "--groups", "4", "--bank", "64", "--anchors", "16",
               "--peek-every", "2"]
 

@@ -398,7 +398,7 @@ def test_every_part_trains(setting, registered, tmp_path):
 def test_scratch_is_the_scratch_of_sal(setting, phantom, tmp_path):
     import sal
     o, cases, _, dataset = setting
-    other = sal.parse_options(["--data", str(phantom), "--size", "32", "--spacing", "5", "--width", "4", "--steps", "4", "--batch", "4",
+    other = sal.parse_options(["--data", str(phantom), "--size", "32", "--spacing", "5", "--width", "4", "--steps", "4", "--batch", "8",
                                "--windows", "2"])
     sal.resolve(other, cases)
     one = cct_r.finetune("x", dataset, np.arange(10), 4, 0, o, CPU, tmp_path)
@@ -467,7 +467,7 @@ def test_options_init_and_scratch(finished, phantom):
 
 def test_bad_options(phantom):
     cases = data.find_cases(phantom)
-    for words, extra in ((("--size 40",), ["--size", "40"]), (("--batch 5", "half"), ["--batch", "5"]), (("--swin-dim 20", "multiple of 6"), ["--swin-dim", "20"]),
+    for words, extra in ((("--size 40",), ["--size", "40"]), (("--batch 10", "quarter"), ["--batch", "10"]), (("--swin-dim 20", "multiple of 6"), ["--swin-dim", "20"]),
                          (("--temperature",), ["--temperature", "0"]), (("--block 99",), ["--block", "99"]), (("--bank",), ["--bank", "3"]),
                          (("not the folder of a run",), ["--scratch", "nowhere"])):
         with pytest.raises(common.DataError) as error:
