@@ -378,6 +378,36 @@ def test_labels_of_unlabelled_volumes_are_not_read(setting, registered, monkeypa
     assert set(asked) <= set(own) and len(asked) > 0
 
 
+@pytest.mark.parametrize("shift", (0, 2))
+def test_the_convolution_tells_a_block_where_it_is(shift):
+    """Tokens that are all alike: without the convolution they stay alike wherever they lie."""
+    torch.manual_seed(0)
+    block, x = cct_r.SwinBlock(12, 4, 3, shift), torch.randn(12).expand(1, 8, 8, 12)
+    spread = lambda: block(x).flatten(0, 2).std(0).max().item()
+    assert spread() > 1e-2
+    torch.nn.init.zeros_(block.place.weight)
+    assert spread() < 1e-5
+
+
+def test_views(setting, registered):
+    """Labelled slices have other intensities for each network, unlabelled ones their own; labels and places move with them."""
+    o, cases, split, dataset = setting
+    warped, places = registered[-1]
+    numbers = dataset.of_patients(split["labelled"][1:])
+    torch.manual_seed(0)
+    views, y, place, volume = cct_r.draw_batch(dataset, numbers, 4, None, places, o, CPU)
+    assert not torch.equal(*views)
+    torch.manual_seed(0)
+    same, y_warped, place_again, _ = cct_r.draw_batch(dataset, numbers, 4, warped, places, o, CPU)
+    assert torch.equal(*same) and torch.equal(place.nan_to_num(0), place_again.nan_to_num(0))
+    torch.manual_seed(0)
+    pick = numbers[torch.randint(len(numbers), (4,)).numpy()]
+    grid = common.spatial_grid(4, o.size, o.rotation, CPU)
+    assert torch.equal(same[0], common.warp(dataset.image(pick), grid)) and np.array_equal(volume, dataset.volume[pick])
+    assert torch.equal(y, common.warp(dataset.label(pick), grid, "nearest"))
+    assert torch.equal(y_warped, common.warp(warped[pick].long(), grid, "nearest"))
+
+
 def test_every_part_trains(setting, registered, tmp_path):
     """Each flag changes the trained network; the losses are logged with their weights."""
     o, cases, split, dataset = setting
