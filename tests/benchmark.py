@@ -6,7 +6,9 @@
    Twins against the number of pixels.
 4. MACL: the dense loss as one batched product against the same loss as a loop over pixels (aim: at least 20 times faster) and its
    memory; the share of a step outside forward, losses, backward and optimiser (aim: at most 10 %).
-5. The start: preparing a dataset, and opening the prepared one.
+5. CCT-R: where a step goes; the class-balanced contrast by sums over classes against a loop over pixels; registering volumes in
+   a batch against one by one.
+6. The start: preparing a dataset, and opening the prepared one.
 """
 import argparse, sys, tempfile, time
 from pathlib import Path
@@ -15,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+import cct_r
 import common
 import data
 import macl
@@ -218,6 +222,78 @@ def macl_tables(arguments, root, cases, device, cache):
         print(f"  {key:24} {1000 * seconds:7.1f} ms  {100 * seconds / total:5.1f} %")
 
 
+def balanced_loss_by_loop(z, y, temperature):
+    """The class-balanced contrast of groups [G, n, d] as a loop over pixels, straight from its formula."""
+    L = []
+    for group, labels in zip(F.normalize(z, dim=-1), y):
+        same = labels[:, None] == labels
+        N = same.sum(0)                                                    # [n]: pixels of each one's class
+        for i in range(len(group)):
+            others = torch.arange(len(group)) != i
+            sim, own = group[others] @ group[i] / temperature, same[i][others]
+            log_sum = (sim.exp() / (N[others] - own.float())).sum().log()
+            L.append((log_sum - sim[own]).mean())
+    return torch.stack(L).mean()
+
+
+def cct_shares(o, dataset, students, device, steps=20):
+    """Seconds a step in each part of CCT-R's training: the lines of `cct_r.train`, on made-up warped labels and places."""
+    banks = torch.nn.ModuleList(cct_r.MemoryBank(o.bank, o.projection) for _ in range(2)).to(device)
+    optimiser = torch.optim.AdamW(students.parameters(), 1e-3)
+    N, S, numbers = len(dataset.volume), o.size, np.arange(len(dataset.volume))
+    warped, places = torch.randint(4, (N, S, S)), 30 * torch.randn(N, 3, S, S)
+    spent = dict.fromkeys(["sample, read, augment", "networks and losses, forward", "backward", "optimiser"], 0.)
+    for step in range(steps + 3):
+        marks = [clock(device)]
+        mark = lambda: marks.append(clock(device))
+        labelled = cct_r.draw_batch(dataset, numbers, o.batch // 4, None, places, o, device)
+        rest = cct_r.draw_batch(dataset, numbers, o.batch // 4, warped, places, o, device)
+        mark()
+        L, weight = cct_r.terms(students, banks, labelled, rest, o.steps - 1, o)
+        mark()
+        optimiser.zero_grad()
+        sum(weight[k] * L[k] for k in L).backward()
+        mark()
+        optimiser.step()
+        mark()
+        if step >= 3:
+            for key, seconds in zip(spent, np.diff(marks)):
+                spent[key] += seconds / steps
+    return spent
+
+
+def cct_tables(arguments, root, cases, device, cache):
+    """Print where a step of CCT-R goes, and what its loops would cost."""
+    o = cct_r.parse_options(["--precision", arguments.precision] + (["--data", str(root)] if arguments.data else []))
+    cct_r.resolve(o, cases)
+    dataset = common.prepare(cases, o.spacing, o.size, cache)
+    students = cct_r.Students(dataset.info["channels"], 4, o).to(device, memory_format=torch.channels_last)
+    every = cct_shares(o, dataset, students, device)
+    print(f"\nCCT-R, two networks, {o.batch // 4} + {o.batch // 4} slices of {o.size}x{o.size}, {o.precision}: "
+          f"{1000 * sum(every.values()):.0f} ms a step")
+    for key, seconds in every.items():
+        print(f"  {key:28} {1000 * seconds:7.1f} ms  {100 * seconds / sum(every.values()):5.1f} %")
+    for part in ("no_reps", "no_contrast"):                                # one more off each time
+        setattr(o, part, True)
+        less = sum(cct_shares(o, dataset, students, device).values())
+        print(f"  --{part.replace('_', '-'):26} {1000 * less:7.1f} ms  {100 * less / sum(every.values()):5.1f} %")
+    n = 2 * (o.batch // 2) * (o.block // 2) ** 2
+    z, y = torch.randn(o.groups, n, o.projection, device=device, requires_grad=True), torch.randint(4, (o.groups, n), device=device)
+    loop, once = (saved_megabytes(lambda: f(z, y, .1)) for f in (balanced_loss_by_loop, cct_r.balanced_contrastive_loss))
+    print(f"contrast of {o.groups} groups of {n} pixels, forward and backward: loop {loop[0]:.3f} s, {loop[1]:.0f} MB; by classes "
+          f"{once[0]:.4f} s, {once[1]:.0f} MB; {loop[0] / once[0]:.0f} times faster")
+    shape, step = cct_r.registration_grid(dataset)
+    frame = cct_r.Frame(dataset, 0, shape, step, 4)
+    grid = lambda v: cct_r.on_grid(cct_r.stack(dataset, v), cct_r.voxels(dataset, v)[1], cct_r.points(shape, step))
+    moving, seconds = torch.cat([grid(v) for v in range(1, 9)]), {}
+    for size in (8, 1):
+        begin = clock(device)
+        for some in moving.split(size):
+            cct_r.register_batch(frame, some, step, o.stiffness)
+        seconds[size] = clock(device) - begin
+    print(f"registration of 8 volumes to one, both ways: one by one {seconds[1]:.1f} s, as a batch {seconds[8]:.1f} s")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", help="a dataset (default: the phantom)")
@@ -250,6 +326,7 @@ def main():
             print(f"{r:3} {seconds:9.4f} {seconds / base[0]:10.3f} {megabytes:17.1f} MB {megabytes / base[1]:10.4f}")
         pix2rep_tables(arguments, root, cases, dataset, device)
         macl_tables(arguments, root, cases, device, Path(folder) / "cache")
+        cct_tables(arguments, root, cases, device, Path(folder) / "cache")
 
 
 if __name__ == "__main__":
