@@ -28,8 +28,8 @@ no code.
     random ones a step [ours]; [base]: 19 x 19, all. We do not copy its defects: features and labels in different orders, a row of
     blocks too few, the U-Net left in eval mode.
  7. Labelled and unlabelled slices have forward passes of their own [ours]; [base]: one batch. See pix2rep.py, no. 12.
- 8. Each network sees a labelled slice with intensities of its own; the unlabelled ones keep theirs, for a network names the
-    pixels of a changed slice less well, and here its names are labels [ours].
+ 8. Each network sees a labelled slice with intensities of its own; the unlabelled ones keep theirs, for there the
+    networks' answers are labels, and those of slices as they are were better (README) [ours].
  9. U-Net 16 to 256 channels, the result; Swin-UNet with patches of 4 x 4 [base]; three stages of 48 to 192 channels, window 6,
     a 3 x 3 convolution in every block, from scratch [ours]; [base]: Swin-T, ImageNet weights, window 7 (`--swin-dim 96
     --window 7 --swin-weights FILE`).
@@ -523,7 +523,7 @@ class SwinBlock(nn.Module):
         B, H, W, C = x.shape
         w = self.window
         pad_h, pad_w, shift = -H % w, -W % w, self.shift if max(H, W) > w else 0             # one window: nothing to shift
-        x = x + self.place(x.movedim(-1, 1)).movedim(1, -1)
+        x = x + self.place(x.movedim(-1, 1)).movedim(1, -1)                # convolved as [B, C, H, W]
         y = F.pad(self.norm1(x), (0, 0, 0, pad_w, 0, pad_h)).roll((-shift, -shift), (1, 2))  # [B, H + pad_h, W + pad_w, C]
         mask = attention_mask(H + pad_h, W + pad_w, w, shift, H, W).to(x.device)
         y = from_windows(self.attn(to_windows(y, w), mask), w, H + pad_h, W + pad_w)

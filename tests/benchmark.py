@@ -34,16 +34,35 @@ def clock(device):
     return time.perf_counter()
 
 
-def sal_shares(o, dataset, device, steps=20):
+def seconds_by_part(one_step, parts, device, steps=20):
+    """Mean seconds of a step in each part, {name: seconds}, after three steps to warm up.
+
+    one_step(mark) does a step and calls `mark()` at the end of every part; a name that stands in `parts` twice gets both.
+    """
+    spent = dict.fromkeys(parts, 0.)
+    for step in range(steps + 3):
+        marks = [clock(device)]
+        one_step(lambda: marks.append(clock(device)))
+        if step >= 3:
+            for part, seconds in zip(parts, np.diff(marks), strict=True):
+                spent[part] += seconds / steps
+    return spent
+
+
+def print_parts(spent):
+    """A line a part: milliseconds, and the share of the step."""
+    for part, seconds in spent.items():
+        print(f"  {part:30} {1000 * seconds:7.1f} ms  {100 * seconds / sum(spent.values()):5.1f} %")
+
+
+def sal_shares(o, dataset, device):
     """Seconds a step in each part of SAL's pre-training: the lines of `sal.pretrain`, each part timed."""
     unet = common.UNet(1, 2, o.width).to(device, memory_format=torch.channels_last)
     heads = sal.Heads(unet.encoder.widths, o.level).to(device)
     optimiser = torch.optim.AdamW([*unet.encoder.parameters(), *heads.parameters()], 1e-3)
     numbers = np.arange(len(dataset.volume))
-    spent = dict.fromkeys(["sample, read, augment", "forward, losses", "backward", "optimiser"], 0.)
-    for step in range(steps + 3):
-        marks = [clock(device)]
-        mark = lambda: marks.append(clock(device))
+
+    def one_step(mark):
         views, pick = sal.pair_batch(dataset, numbers, o, device)
         mark()
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
@@ -56,10 +75,7 @@ def sal_shares(o, dataset, device, steps=20):
         mark()
         optimiser.step()
         mark()
-        if step >= 3:                                                      # the first steps warm up
-            for key, seconds in zip(spent, np.diff(marks)):
-                spent[key] += seconds / steps
-    return spent
+    return seconds_by_part(one_step, ["sample, read, augment", "forward, losses", "backward", "optimiser"], device)
 
 
 def wla_cost(r, device, size=48, channels=64, batch=4):
@@ -75,18 +91,14 @@ def wla_cost(r, device, size=48, channels=64, batch=4):
     return min(times), batch * size ** 4 / r ** 2 * 4 / 1e6
 
 
-def pix2rep_shares(o, dataset, device, steps=20):
+def pix2rep_shares(o, dataset, device):
     """Seconds a step in each part of Pix2Rep's pre-training. The backward pass is cut at the maps of the trunk."""
     f, g = pix2rep.Backbone(1, o).to(device, memory_format=torch.channels_last), pix2rep.projector(o).to(device)
     parameters = [p for p in (*f.parameters(), *g.parameters()) if p is not f.unet.head.weight and p is not f.unet.head.bias]
     optimiser = torch.optim.AdamW(parameters, 1e-3)
     numbers = np.arange(len(dataset.volume))
-    spent = dict.fromkeys(["read, augment, move the images", "U-Net forward", "phi on the maps: choose pixels", "widen, project",
-                           "loss", "backward of widen, project", "backward of the U-Net", "optimiser"], 0.)
-    spent["backward of phi and loss"] = 0.
-    for step in range(steps + 3):
-        marks = [clock(device)]
-        mark = lambda: marks.append(clock(device))
+
+    def one_step(mark):
         views, grid, valid = pix2rep.view_batch(dataset, numbers, o, device)
         mark()
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
@@ -106,22 +118,19 @@ def pix2rep_shares(o, dataset, device, steps=20):
         mark()
         optimiser.zero_grad()
         loss.backward()
-        back = clock(device) - marks[-1]
-        marks.append(clock(device))
+        mark()
         z.backward(z_leaf.grad)
         mark()
         pairs.backward(leaf.grad)
-        back += clock(device) - marks[-1]
-        marks.append(clock(device))
+        mark()
         maps.backward(cut.grad)
         mark()
         optimiser.step()
         mark()
-        if step >= 3:
-            d = np.diff(marks)                                             # the two middle backward parts are in `back`
-            for key, seconds in zip(spent, [*d[:5], d[6], d[8], d[9], back]):
-                spent[key] += seconds / steps
-    return spent
+    return seconds_by_part(one_step, [
+        "read, augment, move the images", "U-Net forward", "phi on the maps: choose pixels", "widen, project", "loss",
+        "backward of phi and loss", "backward of widen, project", "backward of phi and loss", "backward of the U-Net", "optimiser"],
+        device)
 
 
 def saved_megabytes(function):
@@ -152,8 +161,7 @@ def pix2rep_tables(arguments, root, cases, dataset, device):
         print(f"\nPix2Rep, {loss}, {o.pretrain_batch} slices of {o.size}x{o.size}, two views each, width {o.width}, D {o.dim}, "
               f"d {o.projection}, {o.precision}: {o.pretrain_batch / total:.0f} slices a second; loss and warp of the maps "
               f"{100 * ours / total:.1f} % of a step")
-        for key, seconds in spent.items():
-            print(f"  {key:32} {1000 * seconds:7.1f} ms  {100 * seconds / total:5.1f} %")
+        print_parts(spent)
     for name, loss, sizes in (("InfoNCE", lambda z: pix2rep.info_nce_loss(*z, .1), (250, 500, 1000, 2000, 4000)),
                               ("Barlow Twins", lambda z: pix2rep.barlow_twins_loss(*z, 5e-3), (1000, 4000, 16000, 64000))):
         print(f"\n{name}, forward and backward, d = 64 (memory: what the forward pass keeps for the backward pass)\n"
@@ -172,16 +180,14 @@ def dense_loss_by_loop(z_a, z_b, position, threshold, temperature):
     return torch.stack(pixels).mean()
 
 
-def macl_shares(o, dataset, device, steps=20):
+def macl_shares(o, dataset, device):
     """Seconds a step in each part of MACL's pre-training: the lines of `macl.pretrain`, each part timed."""
     unet = common.UNet(1, 2, o.width).to(device, memory_format=torch.channels_last)
     heads = macl.Heads(unet.encoder.widths, o.decoder_blocks, o.eq7).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW([*unet.encoder.parameters(), *unet.decoder.parameters(), *heads.parameters()], 1e-3)
     numbers = np.arange(len(dataset.volume))
-    spent = dict.fromkeys(["sample, read, augment", "forward", "losses", "backward", "optimiser"], 0.)
-    for step in range(steps + 3):
-        marks = [clock(device)]
-        mark = lambda: marks.append(clock(device))
+
+    def one_step(mark):
         views, pick = macl.view_batch(dataset, numbers, o, device)
         mark()
         with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
@@ -197,10 +203,7 @@ def macl_shares(o, dataset, device, steps=20):
         mark()
         optimiser.step()
         mark()
-        if step >= 3:
-            for key, seconds in zip(spent, np.diff(marks)):
-                spent[key] += seconds / steps
-    return spent
+    return seconds_by_part(one_step, ["sample, read, augment", "forward", "losses", "backward", "optimiser"], device)
 
 
 def macl_tables(arguments, root, cases, device, cache):
@@ -218,8 +221,7 @@ def macl_tables(arguments, root, cases, device, cache):
     total = sum(spent.values())
     print(f"\nMACL, {o.pretrain_batch} slices of {o.pretrain_size}x{o.pretrain_size}, {o.precision}: {o.pretrain_batch / total:.0f} "
           "slices a second")
-    for key, seconds in spent.items():
-        print(f"  {key:24} {1000 * seconds:7.1f} ms  {100 * seconds / total:5.1f} %")
+    print_parts(spent)
 
 
 def balanced_loss_by_loop(z, y, temperature):
@@ -236,16 +238,14 @@ def balanced_loss_by_loop(z, y, temperature):
     return torch.stack(L).mean()
 
 
-def cct_shares(o, dataset, students, device, steps=20):
+def cct_shares(o, dataset, students, device):
     """Seconds a step in each part of CCT-R's training: the lines of `cct_r.train`, on made-up warped labels and places."""
     banks = torch.nn.ModuleList(cct_r.MemoryBank(o.bank, o.projection) for _ in range(2)).to(device)
     optimiser = torch.optim.AdamW(students.parameters(), 1e-3)
     N, S, numbers = len(dataset.volume), o.size, np.arange(len(dataset.volume))
     warped, places = torch.randint(4, (N, S, S)), 30 * torch.randn(N, 3, S, S)
-    spent = dict.fromkeys(["sample, read, augment", "networks and losses, forward", "backward", "optimiser"], 0.)
-    for step in range(steps + 3):
-        marks = [clock(device)]
-        mark = lambda: marks.append(clock(device))
+
+    def one_step(mark):
         labelled = cct_r.draw_batch(dataset, numbers, o.batch // 4, None, places, o, device)
         rest = cct_r.draw_batch(dataset, numbers, o.batch // 4, warped, places, o, device)
         mark()
@@ -256,10 +256,7 @@ def cct_shares(o, dataset, students, device, steps=20):
         mark()
         optimiser.step()
         mark()
-        if step >= 3:
-            for key, seconds in zip(spent, np.diff(marks)):
-                spent[key] += seconds / steps
-    return spent
+    return seconds_by_part(one_step, ["sample, read, augment", "networks and losses, forward", "backward", "optimiser"], device)
 
 
 def cct_tables(arguments, root, cases, device, cache):
@@ -271,8 +268,7 @@ def cct_tables(arguments, root, cases, device, cache):
     every = cct_shares(o, dataset, students, device)
     print(f"\nCCT-R, two networks, {o.batch // 4} + {o.batch // 4} slices of {o.size}x{o.size}, {o.precision}: "
           f"{1000 * sum(every.values()):.0f} ms a step")
-    for key, seconds in every.items():
-        print(f"  {key:28} {1000 * seconds:7.1f} ms  {100 * seconds / sum(every.values()):5.1f} %")
+    print_parts(every)
     for part in ("no_reps", "no_contrast"):                                # one more off each time
         setattr(o, part, True)
         less = sum(cct_shares(o, dataset, students, device).values())
@@ -317,8 +313,7 @@ def main():
         total = sum(spent.values())
         print(f"pre-training, {2 * o.pairs} views of {o.size}x{o.size}, width {o.width}, {o.precision}, {device}, "
               f"{torch.get_num_threads()} threads: {2 * o.pairs / total:.0f} slices a second")
-        for key, seconds in spent.items():
-            print(f"  {key:24} {1000 * seconds:7.1f} ms  {100 * seconds / total:5.1f} %")
+        print_parts(spent)
         print("\nWLA, forward and backward, 4 pairs of 64x48x48\n  r   seconds   of r = 1   similarity matrices   of r = 1")
         base = wla_cost(1, device)
         for r in (1, 2, 3, 4, 6, 8, 12):
