@@ -35,7 +35,7 @@ no code.
     --window 7 --swin-weights FILE`).
 10. AdamW, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; 1200 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline has the
     same steps with 8 labelled slices, as many as the two networks see together, and is that of the other methods' scripts. The
-    U-Net sees 2 of them a step, so CCT-R gains far more from `--steps 4800` (README).
+    U-Net sees 2 of them a step and is far from done after 1200; `--steps 4800` helps both (README).
 11. Warped labels are used for unlabelled training volumes only. The labels of these volumes are read in one place, to draw Fig. 4
     and to judge the registration (`--no-peek` forbids it). Test patients choose nothing; the last checkpoint is scored [ours].
 
