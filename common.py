@@ -651,5 +651,5 @@ def draw_dice_curve(summary, path):
     axis.set_xticks(sorted({r["labelled"] for r in summary}))
     axis.set(xlabel="labelled patients", ylabel="mean Dice, test patients")
     axis.grid(alpha=.3)
-    axis.legend()
+    axis.legend(fontsize=7)
     save_figure(figure, path)
