@@ -1,123 +1,151 @@
-"""What all four methods need and no reader came for: the U-Net, Dice, prepared slices, augmentation, scores, checkpoints.
+"""What all four methods need and no reader came for: U-Net, Dice, prepared slices, augmentation,
+scores, and a `Run`, which knows what was asked for, what is done, and where it is kept.
 
-Letters: B batch, C channels, K classes, V slices of a volume, N slices of a dataset, H, W native size, S network size.
-The lesson of each paper is in its own script; files and layouts are in data.py.
+Letters: B batch, C channels, K classes, V slices of a volume, N slices of a dataset, H, W native
+size, S network size. The lesson of each paper is in its own script; files and layouts are in
+data.py.
 """
-import csv, hashlib, io, json, math, os, platform, resource, shutil, time
+import argparse, csv, hashlib, io, json, math, os, platform, resource, shutil, sys, time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
-from data import (PHANTOM_VERSION, Cases, DataError, channel_files, default_grid, find_cases, make_phantom, normalise, read_case,
-                  read_image, read_label, split_patients, stem, write_nifti)   # a method script imports common alone
+from data import (PHANTOM_VERSION, Cases, DataError, channel_files, default_grid, find_cases,
+                  header_warnings, hounsfield_warnings, in_hounsfield, make_phantom, normalise,
+                  read_case, read_image, read_label, split_patients, stem, write_nifti)
 
-# ------------------------------------------------------------------------------------------------ U-Net
+# ------------------------------------------------------------------------------------------ U-Net
 
 
 def conv_block(n_in, n_out):
-    """Twice 3x3 convolution, batch normalisation, LeakyReLU: [B, n_in, h, w] -> [B, n_out, h, w]."""
+    """Twice 3x3 convolution, normalisation, LeakyReLU: [B, n_in, h, w] -> [B, n_out, h, w]."""
     layers = []
     for n in (n_in, n_out):
-        layers += [nn.Conv2d(n, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.LeakyReLU(0.01, inplace=True)]
+        layers.append(nn.Conv2d(n, n_out, 3, padding=1, bias=False))
+        layers.append(nn.BatchNorm2d(n_out))
+        layers.append(nn.LeakyReLU(0.01, inplace=True))
     return nn.Sequential(*layers)
 
 
 class Encoder(nn.Module):
-    """`depth` + 1 blocks with 2x2 max-pooling between them; level l has width * 2^l channels at 1 / 2^l of the size."""
+    """`depth` + 1 blocks with 2x2 max-pooling between them.
+
+    Level l has width * 2^l channels at 1 / 2^l of the size.
+    """
     def __init__(self, channels, width, depth):
         super().__init__()
         self.widths = [width * 2 ** level for level in range(depth + 1)]
-        self.blocks = nn.ModuleList(conv_block(a, b) for a, b in zip([channels] + self.widths, self.widths))
+        pairs = zip([channels] + self.widths, self.widths)
+        self.blocks = nn.ModuleList(conv_block(a, b) for a, b in pairs)
 
-    def forward(self, x):                                                  # [B, C, S, S]
+    def forward(self, x):                                          # [B, C, S, S]
         features = []
         for level, block in enumerate(self.blocks):
-            x = block(F.max_pool2d(x, 2) if level else x)                  # [B, width 2^l, S / 2^l, S / 2^l]
+            if level:
+                x = F.max_pool2d(x, 2)
+            x = block(x)                                           # [B, width 2^l, S/2^l, S/2^l]
             features.append(x)
-        return features                                                    # level 0 (full size) to level `depth`
+        return features                                            # level 0 (full size) to `depth`
 
 
 class Decoder(nn.Module):
-    """Blocks from the deepest level upwards: transposed convolution, skip connection, convolutions."""
+    """Blocks from the deepest level up: transposed convolution, skip connection, convolutions."""
     def __init__(self, widths):
         super().__init__()
-        pairs = list(zip(widths[:0:-1], widths[-2::-1]))                   # (deeper, shallower), deepest first
+        pairs = list(zip(widths[:0:-1], widths[-2::-1]))           # (deeper, shallower)
         self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairs)
         self.blocks = nn.ModuleList(conv_block(2 * b, b) for _, b in pairs)
 
     def forward(self, features, blocks=None):
         """Run the first `blocks` blocks (all by default); 0 returns the encoder's deepest map."""
+        blocks = len(self.blocks) if blocks is None else blocks
         x = features[-1]
-        for n in range(len(self.blocks) if blocks is None else blocks):
-            x = torch.cat([self.ups[n](x), features[-2 - n]], 1)           # [B, 2 width, 2h, 2w]
-            x = self.blocks[n](x)                                          # [B, width, 2h, 2w]
+        for n in range(blocks):
+            x = torch.cat([self.ups[n](x), features[-2 - n]], 1)   # [B, 2 width, 2h, 2w]
+            x = self.blocks[n](x)                                  # [B, width, 2h, 2w]
         return x
 
 
 class UNet(nn.Module):
-    """2D U-Net (Ronneberger et al. 2015): `encoder`, `decoder`, and a 1x1 `head` apart. S must be divisible by 2^depth."""
+    """2D U-Net (Ronneberger et al. 2015): `encoder`, `decoder`, and a 1x1 `head` apart.
+
+    S must be divisible by 2^depth.
+    """
     def __init__(self, channels=1, classes=4, width=16, depth=4):
         super().__init__()
         self.encoder = Encoder(channels, width, depth)
         self.decoder = Decoder(self.encoder.widths)
         self.head = nn.Conv2d(width, classes, 1)
 
-    def forward(self, x):                                                  # [B, C, S, S] -> [B, K, S, S]
+    def forward(self, x):                                          # [B, C, S, S] -> [B, K, S, S]
         return self.head(self.decoder(self.encoder(x)))
 
 
 def load_weights(unet, state, parts):
-    """Copy what lies below `parts` (as "encoder" or "decoder.blocks.0") from `state`; returns (names taken, names fresh).
+    """Copy what lies below `parts` (as "encoder" or "decoder.blocks.0") from `state` to a U-Net.
 
-    Raises DataError where a tensor is missing in `state` or has another shape.
+    Returns (names taken, names fresh). Raises DataError where a tensor of `state` is missing or has
+    another shape.
     """
     own = unet.state_dict()
-    taken = sorted(k for k in own if any(k.startswith(p + ".") for p in parts))
+    below = tuple(f"{part}." for part in parts)
+    taken = sorted(k for k in own if k.startswith(below))
     for k in taken:
-        if k not in state or state[k].shape != own[k].shape:
-            raise DataError(f"weights do not fit: {k} is {tuple(own[k].shape)} here and "
-                            f"{tuple(state[k].shape) if k in state else 'missing'} there; use the same --width and channels")
-    unet.load_state_dict({**own, **{k: state[k] for k in taken}})
+        here = tuple(own[k].shape)
+        there = tuple(state[k].shape) if k in state else "missing"
+        if here != there:
+            raise DataError(f"weights do not fit: {k} is {here} here and {there} there; "
+                            "use the same --width and channels")
+        own[k] = state[k]
+    unet.load_state_dict(own)
     return taken, sorted(own.keys() - set(taken))
 
 
-# ------------------------------------------------------------------------------------------------ Dice and distances
+# ----------------------------------------------------------------------------- Dice and distances
 
 
 def dice_loss(logits, label, eps=1e-5):
-    """Soft Dice loss: 1 - mean over foreground classes of 2 sum(p y) / (sum p + sum y), sums over batch and pixels.
+    """Soft Dice loss: 1 - mean over foreground classes of 2 sum(p y) / (sum p + sum y).
 
-    logits [B, K, h, w], label [B, h, w] with whole numbers below K; returns a scalar.
+    Sums over batch and pixels. logits [B, K, h, w], label [B, h, w] with whole numbers below K.
+    Returns a scalar.
     """
-    p = logits.float().softmax(1)[:, 1:]                                   # [B, K-1, h, w]
-    y = F.one_hot(label, logits.shape[1]).movedim(-1, 1)[:, 1:].to(p)      # [B, K-1, h, w]
-    dims = (0, 2, 3)
-    return 1 - ((2 * (p * y).sum(dims) + eps) / (p.sum(dims) + y.sum(dims) + eps)).mean()
+    p = logits.float().softmax(1)[:, 1:]                           # [B, K-1, h, w]
+    y = F.one_hot(label, logits.shape[1]).movedim(-1, 1)[:, 1:]    # [B, K-1, h, w]
+    y = y.to(p)
+    both = (p * y).sum((0, 2, 3))                                  # [K-1]
+    either = p.sum((0, 2, 3)) + y.sum((0, 2, 3))                   # [K-1]
+    return 1 - ((2 * both + eps) / (either + eps)).mean()
 
 
 def dice_score(pred, truth, classes):
-    """Dice of two label maps of equal shape for every class of `classes` (numbers): {class: value in [0, 1]}.
+    """Dice of two label maps of equal shape for every class number of `classes`: {class: [0, 1]}.
 
     Absent in both: nan. Absent in one of them: 0.
     """
-    pred, truth = np.asarray(pred), np.asarray(truth)
+    pred = np.asarray(pred)
+    truth = np.asarray(truth)
     score = {}
     for k in classes:
-        a, b = pred == k, truth == k
+        a = pred == k
+        b = truth == k
         size = int(a.sum()) + int(b.sum())
         score[k] = 2 * int((a & b).sum()) / size if size else math.nan
     return score
 
 
 def _surface(mask):
-    """The voxels of a mask with a face neighbour outside it (beyond the border is outside); same shape, bool."""
-    inner, padded = mask.copy(), np.pad(mask, 1)
+    """The voxels of a mask with a face neighbour outside it (beyond the border is outside)."""
+    inner = mask.copy()
+    padded = np.pad(mask, 1)
     for axis in range(mask.ndim):
-        for step in (0, 2):
+        for step in (0, 2):                                        # the neighbour before, and after
             window = [slice(1, -1)] * mask.ndim
             window[axis] = slice(step, step + mask.shape[axis])
             inner &= padded[tuple(window)]
@@ -125,35 +153,46 @@ def _surface(mask):
 
 
 def _distance_map(points, spacing):
-    """Distance in mm of every voxel to the nearest True voxel, exact, one axis after the other: d_i = min_j d_j + (i - j)^2."""
+    """Distance in mm of every voxel to the nearest True voxel, exact, one axis after the other.
+
+    Along an axis:  d_i = min_j  d_j + (i - j)^2   for squared distances d.
+    """
     d = np.where(points, 0., np.inf)
     for axis, mm in enumerate(spacing):
-        d = np.moveaxis(d, axis, 0)                                        # [n, ...]
-        square = ((np.arange(len(d)) * mm) ** 2).reshape(-1, *[1] * (d.ndim - 1))
+        d = np.moveaxis(d, axis, 0)                                # [n, ...]
+        away = (np.arange(len(d)) * mm) ** 2
+        away = away.reshape(-1, *[1] * (d.ndim - 1))               # [n, 1, 1]
         out = np.full_like(d, np.inf)
         for j, row in enumerate(d):
-            np.minimum(out[j:], row + square[:len(d) - j], out=out[j:])
-            np.minimum(out[:j], row + square[j:0:-1], out=out[:j])
+            after = row + away[:len(d) - j]
+            before = row + away[j:0:-1]
+            np.minimum(out[j:], after, out=out[j:])
+            np.minimum(out[:j], before, out=out[:j])
         d = np.moveaxis(out, 0, axis)
     return np.sqrt(d)
 
 
 def surface_distances(pred, truth, spacing):
-    """(HD95, ASSD) in mm of two binary masks of equal shape; spacing in mm along each axis; (nan, nan) if one is empty.
+    """(HD95, ASSD) in mm of two binary masks of equal shape; spacing in mm along each axis.
 
-    HD95: the larger of the two directed 95th percentiles. ASSD: mean over all surface voxels of both masks.
+    HD95: the larger of the two directed 95th percentiles. ASSD: mean over all surface voxels of
+    both masks. (nan, nan) if one is empty.
     """
-    pred, truth = np.asarray(pred, bool), np.asarray(truth, bool)
+    pred = np.asarray(pred, bool)
+    truth = np.asarray(truth, bool)
     if not pred.any() or not truth.any():
         return math.nan, math.nan
     found = np.argwhere(pred | truth)
     box = tuple(slice(lo, hi + 1) for lo, hi in zip(found.min(0), found.max(0)))
-    a, b = (_surface(m[box]) for m in (pred, truth))
-    ab, ba = _distance_map(b, spacing)[a], _distance_map(a, spacing)[b]    # from a to b, from b to a
-    return float(max(np.percentile(ab, 95), np.percentile(ba, 95))), float(np.concatenate([ab, ba]).mean())
+    a = _surface(pred[box])
+    b = _surface(truth[box])
+    ab = _distance_map(b, spacing)[a]                              # from every voxel of a to b
+    ba = _distance_map(a, spacing)[b]
+    hd95 = max(np.percentile(ab, 95), np.percentile(ba, 95))
+    return float(hd95), float(np.concatenate([ab, ba]).mean())
 
 
-# ------------------------------------------------------------------------------------------------ native <-> network grid
+# ------------------------------------------------------------------------ native <-> network grid
 
 
 def _place(x, size, value=0.):
@@ -161,58 +200,67 @@ def _place(x, size, value=0.):
     for axis, want in ((-2, size[0]), (-1, size[1])):
         have = x.shape[axis]
         before = (want - have) // 2 if want > have else -((have - want) // 2)
-        pad = [before, want - have - before]
-        x = F.pad(x, pad if axis == -1 else [0, 0] + pad, value=value)     # negative padding crops
+        pad = [before, want - have - before]                       # negative padding crops
+        x = F.pad(x, pad if axis == -1 else [0, 0] + pad, value=value)
     return x
 
 
 def _resampled(shape, spacing, target):
     """Rows and columns of a native slice once its pixels are `target` mm."""
-    return [max(1, round(n * s / target)) for n, s in zip(shape[-2:], spacing[-2:])]
+    return [max(1, round(n * mm / target)) for n, mm in zip(shape[-2:], spacing[-2:])]
 
 
 def to_network(image, spacing, target, size):
-    """Slices float [V, C, H, W] with spacing (V, H, W) in mm -> [V, C, S, S] at `target` mm, about the image centre."""
-    x = F.interpolate(image, _resampled(image.shape, spacing, target), mode="bilinear", antialias=True)
+    """Slices [V, C, H, W] of spacing (V, H, W) in mm -> [V, C, S, S] at `target` mm, centred."""
+    new = _resampled(image.shape, spacing, target)
+    x = F.interpolate(image, new, mode="bilinear", antialias=True)
     return _place(x, (size, size))
 
 
 def to_native(probs, shape, spacing, target):
-    """Class probabilities [V, K, S, S] back on the native grid: label [V, H, W]; outside the crop is background."""
-    resampled = _resampled(shape, spacing, target)
-    rest, background = _place(probs[:, 1:], resampled), _place(probs[:, :1], resampled, 1.)
-    placed = torch.cat([background, rest], 1)                              # [V, K, resampled rows, columns]
-    return torch.cat([F.interpolate(p, tuple(shape[-2:]), mode="bilinear").argmax(1) for p in placed.split(8)])   # [V, H, W]
+    """Class probabilities [V, K, S, S] -> label [V, H, W], native; outside the crop: background."""
+    new = _resampled(shape, spacing, target)
+    background = _place(probs[:, :1], new, 1.)
+    rest = _place(probs[:, 1:], new)
+    placed = torch.cat([background, rest], 1)                      # [V, K, resampled rows, columns]
+    labels = []
+    for p in placed.split(8):
+        p = F.interpolate(p, tuple(shape[-2:]), mode="bilinear")   # [8, K, H, W]
+        labels.append(p.argmax(1))
+    return torch.cat(labels)                                       # [V, H, W]
 
 
-# ------------------------------------------------------------------------------------------------ prepared slices
+# -------------------------------------------------------------------------------- prepared slices
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 class SliceDataset:
     """All slices of a dataset on the network grid, memory-mapped. Made by `prepare`.
 
-    images float16 [N, C, S, S] in [0, 1]; labels uint8 [N, S, S], 255 where the case has none; volume [N], the number of the
-    case; position [N] = (i + 1) / V in (0, 1]; depth [N] = V. `info`: what `prepare` wrote in index.json.
+    images float16 [N, C, S, S] in [0, 1]; labels uint8 [N, S, S], 255 where the case has none;
+    volume [N], the number of the case; slice [N] = i; depth [N] = V; position [N] = (i + 1) / V in
+    (0, 1]; first: the first slice of each case; info: what `prepare` wrote in index.json.
     """
     def __init__(self, folder):
         self.info = json.loads((folder / "index.json").read_text())
         slices = np.array([c["shape"][0] for c in self.info["cases"]])     # V of each case
-        shape = slices.sum(), self.info["channels"], self.info["size"], self.info["size"]
-        self.images = np.memmap(folder / "images.raw", np.float16, "r", shape=shape)
-        self.labels = np.memmap(folder / "labels.raw", np.uint8, "r", shape=(shape[0], *shape[2:]))
+        N, C, S = slices.sum(), self.info["channels"], self.info["size"]
+        self.images = np.memmap(folder / "images.raw", np.float16, "r", shape=(N, C, S, S))
+        self.labels = np.memmap(folder / "labels.raw", np.uint8, "r", shape=(N, S, S))
         self.volume = np.repeat(np.arange(len(slices)), slices)            # [N]
         self.depth = slices[self.volume]                                   # [N]
-        self.first = np.cumsum(slices) - slices                            # first slice of each case
-        self.slice = np.arange(len(self.volume)) - self.first[self.volume]
+        self.first = np.cumsum(slices) - slices
+        self.slice = np.arange(N) - self.first[self.volume]                # [N]
         self.position = ((self.slice + 1) / self.depth).astype(np.float32)
 
     def of_patients(self, patients, labelled=False):
-        """Numbers of the slices of these patients (only of cases with a label, if `labelled`), in order."""
+        """Numbers of the slices of these patients, in order; `labelled`: of cases with a label."""
         patients = set(patients)
-        take = np.array([c["patient"] in patients and (c["labelled"] or not labelled) for c in self.info["cases"]], bool)
-        return np.flatnonzero(take[self.volume])
+        take = []
+        for case in self.info["cases"]:
+            take.append(case["patient"] in patients and (case["labelled"] or not labelled))
+        return np.flatnonzero(np.array(take, bool)[self.volume])
 
     def image(self, numbers, device="cpu"):
         """Images of these slices, float32 [B, C, S, S] in [0, 1]."""
@@ -224,13 +272,19 @@ class SliceDataset:
 
 
 def prepare(cases, target, size, cache):
-    """The `SliceDataset` of `cases` at `target` mm and `size` pixels, from the folder `cache` or made there.
+    """The `SliceDataset` of `cases` at `target` mm and `size` pixels, from the folder `cache`.
 
-    Its key holds every file's name, size and time and the options, so that a change of either makes it anew.
+    Made there if it is not yet. Its key holds every file's name, size and time and the options, so
+    that a change of either makes it anew. Raises DataError.
     """
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
-             for c in cases for f in (*c.files, *([c.label] if c.label else []))]
-    key = hashlib.sha1(json.dumps([CACHE_VERSION, stats, target, size, cases.classes, cases.ranges]).encode()).hexdigest()[:16]
+    files = []
+    for case in cases:
+        files.extend(case.files)
+        if case.label:
+            files.append(case.label)
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    made_of = json.dumps([CACHE_VERSION, stats, target, size, cases.classes, cases.ranges])
+    key = hashlib.sha1(made_of.encode()).hexdigest()[:16]
     folder = Path(cache) / key
     if (folder / "index.json").is_file():
         return SliceDataset(folder)
@@ -240,35 +294,48 @@ def prepare(cases, target, size, cache):
         _write_slices(cases, target, size, partial)
         os.replace(partial, folder)
     except OSError as error:
-        if not (folder / "index.json").is_file():                          # else another run was faster, and made the same
-            raise DataError(f"{partial}: cannot write the cache ({error.strerror}); free space or give --cache") from None
+        if not (folder / "index.json").is_file():                  # else another run was faster
+            raise DataError(f"{partial}: cannot write the cache ({error.strerror}); "
+                            "free space or give --cache") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return SliceDataset(folder)
 
 
+def _network_label(label, spacing, target, size, classes):
+    """A label map [V, H, W] on the network grid, uint8 [V, S, S]: one-hot, resampled, arg max."""
+    out = np.empty((len(label), size, size), np.uint8)
+    for v in range(len(label)):
+        one = torch.from_numpy(label[v:v + 1]).long()
+        one_hot = F.one_hot(one, classes).movedim(-1, 1).float()           # [1, K, H, W]
+        placed = to_network(one_hot, spacing, target, size)[0]             # [K, S, S]
+        placed[0] += 1e-3                                          # padding, all 0, is background
+        out[v] = placed.argmax(0).byte().numpy()
+    return out
+
+
 def _write_slices(cases, target, size, folder):
     """Write images.raw, labels.raw and index.json, one volume in memory at a time."""
     index = []
-    with open(folder / "images.raw", "wb") as image_file, open(folder / "labels.raw", "wb") as label_file:
+    with open(folder / "images.raw", "wb") as images, open(folder / "labels.raw", "wb") as labels:
         for case in tqdm(cases, "prepare", leave=False, disable=None):
             volume = read_case(case, cases)
-            x = torch.from_numpy(normalise(volume.image, cases.modality)).movedim(1, 0)      # [V, C, H, W]
-            image_file.write(to_network(x, volume.spacing, target, size).clamp(0, 1).half().numpy().tobytes())
-            y = np.full((len(x), size, size), 255, np.uint8)
-            for v in range(len(x) if volume.label is not None else 0):
-                one_hot = F.one_hot(torch.from_numpy(volume.label[v:v + 1]).long(), len(cases.classes)).movedim(-1, 1).float()
-                placed = to_network(one_hot, volume.spacing, target, size)[0]                # [K, S, S]
-                placed[0] += 1e-3                                          # padding, where all are 0, is background
-                y[v] = placed.argmax(0).byte().numpy()
-            label_file.write(y.tobytes())
-            index.append({"name": case.name, "patient": case.patient, "shape": list(volume.image.shape[1:]),
-                          "spacing": list(volume.spacing), "labelled": volume.label is not None})
-    (folder / "index.json").write_text(json.dumps(
-        {"cases": index, "channels": cases.channels, "target": target, "size": size}))
+            x = torch.from_numpy(normalise(volume.image, cases.modality))  # [C, V, H, W]
+            x = to_network(x.movedim(1, 0), volume.spacing, target, size)  # [V, C, S, S]
+            images.write(x.clamp(0, 1).half().numpy().tobytes())
+            y = np.full((len(x), size, size), 255, np.uint8)               # 255: no label
+            if volume.label is not None:
+                y = _network_label(volume.label, volume.spacing, target, size, len(cases.classes))
+            labels.write(y.tobytes())
+            index.append({"name": case.name, "patient": case.patient,
+                          "shape": list(volume.image.shape[1:]), "spacing": list(volume.spacing),
+                          "labelled": volume.label is not None,
+                          "hounsfield": all(in_hounsfield(c) for c in volume.image)})
+    info = {"cases": index, "channels": cases.channels, "target": target, "size": size}
+    (folder / "index.json").write_text(json.dumps(info))
 
 
-# ------------------------------------------------------------------------------------------------ augmentation
+# ----------------------------------------------------------------------------------- augmentation
 
 
 def uniform(n, lo, hi, device):
@@ -277,67 +344,113 @@ def uniform(n, lo, hi, device):
 
 
 def photometric(x):
-    """Random gamma, contrast, brightness, bias field, blur and noise, each image its own; [B, C, S, S], about [0, 1]."""
-    n, device = len(x), x.device
-    draw = lambda lo, hi: uniform(n, lo, hi, device)[:, None, None, None]  # [B, 1, 1, 1]
+    """Random gamma, contrast, brightness, bias field, blur and noise, each image its own.
+
+    x [B, C, S, S], about [0, 1]; the same shape is returned.
+    """
+    def draw(lo, hi):
+        return uniform(len(x), lo, hi, x.device)[:, None, None, None]      # [B, 1, 1, 1]
+
     x = x.clamp(0, 1) ** draw(-.5, .5).exp()
     x = (x - .5) * draw(.7, 1.3) + .5 + draw(-.15, .15)
-    field = F.interpolate(torch.randn(n, 1, 4, 4).to(device) * .2, x.shape[-2:], mode="bicubic")     # [B, 1, S, S]
+    field = torch.randn(len(x), 1, 4, 4).to(x.device) * .2
+    field = F.interpolate(field, x.shape[-2:], mode="bicubic")             # [B, 1, S, S]
     x = x * field.exp()
     x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1), draw(-1, 1).clamp(min=0))
-    return x + torch.randn(x.shape).to(device) * draw(-.05, .08).clamp(min=0)
+    return x + torch.randn(x.shape).to(x.device) * draw(-.05, .08).clamp(min=0)
 
 
-def spatial_grid(n, size, rotation, device, scale=.25, shift=.1, elastic=.03):
-    """Sampling grids [n, S, S, 2] of random rotations (+-rad), scales (log), shifts and elastic waves (of the half width)."""
-    angle, log_scale = uniform(n, -rotation, rotation, device), uniform(n, -scale, scale, device)
-    cos, sin = angle.cos() * log_scale.exp(), angle.sin() * log_scale.exp()
-    ty, tx = uniform(n, -shift, shift, device), uniform(n, -shift, shift, device)
-    theta = torch.stack([cos, -sin, tx, sin, cos, ty], 1).view(n, 2, 3)
+def spatial_grid(n, size, rotation, device, elastic=.03):
+    """Sampling grids [n, S, S, 2] of random affine maps and elastic waves.
+
+    rotation: the largest angle in rad; scale e^(-0.25 ... 0.25), shifts of up to 0.1 and waves of
+    std `elastic`, both of the half width.
+    """
+    angle = uniform(n, -rotation, rotation, device)
+    scale = uniform(n, -.25, .25, device).exp()
+    cos = angle.cos() * scale
+    sin = angle.sin() * scale
+    dy = uniform(n, -.1, .1, device)
+    dx = uniform(n, -.1, .1, device)
+    theta = torch.stack([cos, -sin, dx, sin, cos, dy], 1).view(n, 2, 3)
     grid = F.affine_grid(theta, (n, 1, size, size), align_corners=False)   # [n, S, S, 2]
-    waves = F.interpolate(torch.randn(n, 2, 5, 5).to(device) * elastic, (size, size), mode="bicubic")   # [n, 2, S, S]
+    waves = torch.randn(n, 2, 5, 5).to(device) * elastic
+    waves = F.interpolate(waves, (size, size), mode="bicubic")             # [n, 2, S, S]
     return grid + waves.movedim(1, -1)
 
 
 def warp(x, grid, mode="bilinear"):
-    """Sample images [B, C, S, S], or labels [B, S, S] with mode "nearest", at the grid [B, S, S, 2]; outside is 0."""
+    """Images [B, C, S, S], or labels [B, S, S] with mode "nearest", at the grid [B, S, S, 2].
+
+    Outside is 0.
+    """
     if x.ndim == 3:
-        return F.grid_sample(x[:, None].float(), grid, mode, align_corners=False)[:, 0].long()
+        moved = F.grid_sample(x[:, None].float(), grid, mode, align_corners=False)
+        return moved[:, 0].long()
     return F.grid_sample(x, grid, mode, align_corners=False)
 
 
-# ------------------------------------------------------------------------------------------------ prediction and scores
+def random_slices(numbers, n):
+    """n of the slice numbers, drawn with replacement from torch's generator: [n]."""
+    return numbers[torch.randint(len(numbers), (n,)).numpy()]
+
+
+def channels_last(x):
+    """The same tensor with its channels last in memory, which is faster for convolutions."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def labelled_batch(run, numbers, n):
+    """n random slices of `numbers`, moved and recoloured: image [n, C, S, S], label [n, S, S]."""
+    pick = random_slices(numbers, n)
+    grid = spatial_grid(n, run.o.size, run.o.rotation, run.device)         # [n, S, S, 2]
+    label = warp(run.dataset.label(pick, run.device), grid, "nearest")
+    image = photometric(warp(run.dataset.image(pick, run.device), grid))
+    return channels_last(image), label
+
+
+def cosine(step, steps):
+    """The share of a learning rate at `step`: half a cosine from 1 to 0."""
+    return .5 * (1 + math.cos(math.pi * step / steps))
+
+
+# -------------------------------------------------------------------------- prediction and scores
 
 
 @torch.no_grad()
 def predict(unet, images, shape, spacing, target, precision=torch.float32):
-    """Label int64 [V, H, W] on the native grid from slices [V, C, S, S]; leaves the network in the mode it was in."""
+    """Label int64 [V, H, W] on the native grid of slices [V, C, S, S]; keeps the network's mode."""
     training = unet.training
     unet.eval()
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        probs = torch.cat([unet(x).float().softmax(1) for x in images.split(32)])            # [V, K, S, S]
+        probs = [unet(x).float().softmax(1) for x in images.split(32)]
     unet.train(training)
-    return to_native(probs, shape, spacing, target)
+    return to_native(torch.cat(probs), shape, spacing, target)     # of [V, K, S, S]
 
 
-def score(unet, dataset, cases, patients, device, precision=torch.float32):
-    """Score every labelled volume of these patients at its own resolution: a list of rows, one a volume and class."""
+def score(net, run):
+    """Score every labelled volume of --split at its own resolution: a row a volume and class."""
+    dataset, classes = run.dataset, run.classes
     rows = []
-    for n, (case, info) in enumerate(zip(cases, dataset.info["cases"])):
-        if case.patient not in patients or not info["labelled"]:
+    for n, (case, info) in enumerate(zip(run.cases, dataset.info["cases"])):
+        if case.patient not in run.split[run.o.split] or not info["labelled"]:
             continue
-        slices = np.arange(dataset.first[n], dataset.first[n] + info["shape"][0])
-        pred = predict(unet, dataset.image(slices, device), info["shape"], info["spacing"], dataset.info["target"], precision)
-        pred, truth = pred.cpu().numpy(), read_label(case, cases)          # [V, H, W]
-        for k, dice in dice_score(pred, truth, range(1, len(cases.classes))).items():
+        slices = dataset.first[n] + np.arange(info["shape"][0])
+        images = dataset.image(slices, run.device)                 # [V, C, S, S]
+        pred = predict(net, images, info["shape"], info["spacing"], run.o.spacing, run.dtype)
+        pred = pred.cpu().numpy()                                  # [V, H, W]
+        truth = read_label(case, run.cases)
+        for k, dice in dice_score(pred, truth, range(1, len(classes))).items():
             hd95, assd = surface_distances(pred == k, truth == k, info["spacing"])
-            rows.append({"case": case.name, "patient": case.patient, "class": cases.classes[k], "dice": dice,
-                         "hd95_mm": hd95, "assd_mm": assd, "missed": int(math.isnan(hd95) and not math.isnan(dice))})
+            missed = math.isnan(hd95) and not math.isnan(dice)
+            rows.append({"case": case.name, "patient": case.patient, "class": classes[k],
+                         "dice": dice, "hd95_mm": hd95, "assd_mm": assd, "missed": int(missed)})
     return rows
 
 
-RULE = ("Dice per volume and class at the volume's own resolution, mean over volumes, then over foreground classes; HD95 (larger "
-        "directed 95th percentile) and ASSD in mm; absent in both: left out; absent in one: Dice 0, no distance, 'missed'")
+RULE = ("Dice per volume and class at the volume's own resolution, mean over volumes, then over "
+        "foreground classes; HD95 (larger directed 95th percentile) and ASSD in mm; absent in "
+        "both: left out; absent in one: Dice 0, no distance, 'missed'")
 
 
 def nanmean(values):
@@ -347,193 +460,101 @@ def nanmean(values):
 
 
 def spread(values):
-    """Standard deviation (n - 1) of the values that are not nan; nan if there are fewer than two."""
+    """Standard deviation (n - 1) of the values that are not nan; nan if fewer than two."""
     values = [v for v in values if not math.isnan(v)]
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def run_row(method, labelled, seed, patients, rows):
+def run_row(row, patients, rows):
     """One row of metrics.json from the rows of `score`."""
     classes = list(dict.fromkeys(r["class"] for r in rows))
-    mean = lambda key: {k: nanmean([r[key] for r in rows if r["class"] == k]) for k in classes}
-    dice = mean("dice")
-    return {"method": method, "labelled": labelled, "seed": seed, "patients": patients, "dice": dice,
-            "mean_dice": nanmean(dice.values()), "hd95_mm": nanmean(mean("hd95_mm").values()),
-            "assd_mm": nanmean(mean("assd_mm").values()), "missed": sum(r["missed"] for r in rows),
-            "n_scores": sum(not math.isnan(r["dice"]) for r in rows), "n_volumes": len({r["case"] for r in rows})}
+
+    def mean(key):
+        of_class = {k: nanmean([r[key] for r in rows if r["class"] == k]) for k in classes}
+        return of_class, nanmean(of_class.values())
+
+    dice, mean_dice = mean("dice")
+    return {"method": row.method, "labelled": row.labelled, "seed": row.seed, "patients": patients,
+            "dice": dice, "mean_dice": mean_dice, "hd95_mm": mean("hd95_mm")[1],
+            "assd_mm": mean("assd_mm")[1], "missed": sum(r["missed"] for r in rows),
+            "n_scores": sum(not math.isnan(r["dice"]) for r in rows),
+            "n_volumes": len({r["case"] for r in rows})}
 
 
 def summarise(runs, baseline="scratch"):
-    """Mean and std over seeds for each (method, labelled), and the gain over the baseline; returns (summary, gains)."""
-    summary, gains = [], []
+    """Mean and std over seeds for each (method, labelled), and the gain over the baseline.
+
+    Returns (summary, gains), two lists of dicts.
+    """
+    summary = []
+    gains = []
     for method, labelled in dict.fromkeys((r["method"], r["labelled"]) for r in runs):
         same = [r for r in runs if (r["method"], r["labelled"]) == (method, labelled)]
-        row = {"method": method, "labelled": labelled, "n": len(same), "missed": sum(r["missed"] for r in same),
+        row = {"method": method, "labelled": labelled, "n": len(same),
+               "missed": sum(r["missed"] for r in same),
                "n_scores": sum(r["n_scores"] for r in same)}
-        values = {**{k: [r["dice"][k] for r in same] for k in same[0]["dice"]},
-                  **{k: [r[k] for r in same] for k in ("mean_dice", "hd95_mm", "assd_mm")}}
-        for key, v in values.items():
-            row[key] = {"mean": nanmean(v), "std": spread(v)}
+        columns = {k: [r["dice"][k] for r in same] for k in same[0]["dice"]}
+        for key in ("mean_dice", "hd95_mm", "assd_mm"):
+            columns[key] = [r[key] for r in same]
+        for key, values in columns.items():
+            row[key] = {"mean": nanmean(values), "std": spread(values)}
         summary.append(row)
-        base = {r["seed"]: r["mean_dice"] for r in runs if (r["method"], r["labelled"]) == (baseline, labelled)}
-        diff = [r["mean_dice"] - base[r["seed"]] for r in same if method != baseline and r["seed"] in base]
-        if diff:
-            gains.append({"method": method, "labelled": labelled, "gain": nanmean(diff), "per_seed": diff, "std": spread(diff)})
+        base = {}
+        for r in runs:
+            if (r["method"], r["labelled"]) == (baseline, labelled):
+                base[r["seed"]] = r["mean_dice"]
+        diff = [r["mean_dice"] - base[r["seed"]] for r in same if r["seed"] in base]
+        if diff and method != baseline:
+            gains.append({"method": method, "labelled": labelled, "gain": nanmean(diff),
+                          "per_seed": diff, "std": spread(diff)})
     return summary, gains
 
 
+def _cell(mean, std, form, factor=1):
+    """A number of a table: the mean, and ± std where there is one."""
+    text = f"{factor * mean:{form}}"
+    return text if math.isnan(std) else f"{text} ± {factor * std:{form.strip('+')}}"
+
+
 def table(summary, gains, classes):
-    """The summary as a Markdown table, one line a method and number of labelled patients; Dice in [0, 1], gain in points."""
-    cell = lambda mean, std, form: f"{mean:{form}}" if math.isnan(std) else f"{mean:{form}} ± {std:{form.strip('+')}}"
-    heads = ["labelled", "method", *classes[1:], "mean Dice", "HD95 mm", "ASSD mm", "missed", "gain"]
+    """The summary as a Markdown table; Dice in [0, 1], gain in Dice points."""
+    heads = ["labelled", "method", *classes[1:], "mean Dice", "HD95 mm", "ASSD mm", "missed"]
+    heads.append("gain")
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    gain = {(g["method"], g["labelled"]): _cell(g["gain"], g["std"], "+.1f", 100) for g in gains}
     for r in sorted(summary, key=lambda r: r["labelled"]):
-        gain = [cell(100 * g["gain"], 100 * g["std"], "+.1f") for g in gains
-                if (g["method"], g["labelled"]) == (r["method"], r["labelled"])]
-        dice = [cell(*r[k].values(), ".3f") for k in (*classes[1:], "mean_dice")]
-        distances = [cell(*r[k].values(), ".1f") for k in ("hd95_mm", "assd_mm")]
-        missed = f"{r['missed']} of {r['n_scores']}"
-        lines.append("| " + " | ".join([str(r["labelled"]), r["method"], *dice, *distances, missed, *(gain or [""])]) + " |")
+        cells = [str(r["labelled"]), r["method"]]
+        cells += [_cell(*r[k].values(), ".3f") for k in (*classes[1:], "mean_dice")]
+        cells += [_cell(*r[k].values(), ".1f") for k in ("hd95_mm", "assd_mm")]
+        cells += [f"{r['missed']} of {r['n_scores']}", gain.get((r["method"], r["labelled"]), "")]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ runs, checkpoints, device
+# ------------------------------------------------------------------------- files and checkpoints
 
 
-def pick_device(name="auto"):
-    """The torch device: cuda, else mps, else cpu; or the one named. Raises DataError if that one is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not there.get(name.split(":")[0]):
-        raise DataError(f"--device {name}: not available here; use one of {', '.join(k for k, v in there.items() if v)}")
-    return torch.device(next(k for k, v in there.items() if v) if name == "auto" else name)
+@contextmanager
+def writing(path):
+    """Turn an OSError of the block into one line that names the file and the way on."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); free space or give another "
+                        "--out; what was written before is intact, go on with --resume") from None
 
 
 def write_atomic(path, content):
-    """Write bytes or text under a temporary name, then rename, so that a kill or a full disk never leaves half a file."""
+    """Write bytes or text under a temporary name, then rename: a kill leaves no half file."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror}); free space or give another --out; "
-                        "what was written before is intact, go on with --resume") from None
-
-
-def save_checkpoint(path, **content):
-    """torch.save to memory, then atomically to the file. Tensors, numbers, strings, lists and dicts only."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomic(path, buffer.getvalue())
-
-
-def load_checkpoint(path, method=None, options=None):
-    """The content of a checkpoint. Raises DataError if unreadable, of another `method`, or made with other `options`."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        kind, made = content["method"], content["options"]
-    except Exception as error:                                             # torch raises half a dozen kinds
-        raise DataError(f"{path}: not a checkpoint of this project ({type(error).__name__}); give another file") from None
-    if method and kind != method:
-        raise DataError(f"{path}: checkpoint of {kind}, not of {method}; use {kind}'s script or another file")
-    for key, value in (options or {}).items():
-        if made.get(key) != value:
-            raise DataError(f"{path}: made with {key} = {made.get(key)}, now {value}; use the same options or another --out")
-    return content
-
-
-def load_start(path, unet):
-    """--init: the content of a pretrained.pt of any method, once its weights are known to fit `unet`. Raises DataError."""
-    start = load_checkpoint(path)
-    if "parts" not in start:
-        raise DataError(f"{path}: holds no weights to start from; give a pretrained.pt")
-    taken, fresh = load_weights(unet, start["unet"], start["parts"])
-    layers = dict.fromkeys(".".join(k.split(".")[:-1][:3]) for k in fresh) # as decoder.blocks.3 or head, each once
-    print(f"{path}: {start['method']} gives {len(taken)} tensors ({', '.join(start['parts'])}); {len(fresh)} start fresh "
-          f"({', '.join(layers)})")
-    return start
-
-
-def save_training(path, method, options, step, modules, optimiser, **extra):
-    """A training loop's whole state: weights, optimiser, step, random state (schedules are functions of the step)."""
-    save_checkpoint(path, method=method, options=options, step=step, modules=[m.state_dict() for m in modules],
-                    optimiser=optimiser.state_dict(), rng=torch.get_rng_state(), **extra)
-
-
-def resume_training(path, method, options, modules, optimiser):
-    """Load what `save_training` wrote into the modules and the optimiser; returns the step to go on with."""
-    state = load_checkpoint(path, method, options)
-    for module, weights in zip(modules, state["modules"]):
-        module.load_state_dict(weights)
-    optimiser.load_state_dict(state["optimiser"])
-    torch.set_rng_state(state["rng"])
-    return state["step"]
-
-
-def make_folder(path):
-    """Make a folder for results, with those above it; returns it. Raises DataError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be made ({error.strerror}); give another --out") from None
-    return path
-
-
-def start_run(out, options, resume):
-    """Make the folder of a run and write options.json. A folder that holds a run is left alone unless `resume`."""
-    out = make_folder(Path(out) / "figures").parent
-    path = out / "options.json"
-    if path.exists() and not resume:
-        raise DataError(f"{out}: holds a run already; add --resume to go on with it, or give another --out")
-    if path.exists():
+    content = content.encode() if isinstance(content, str) else content
+    with writing(path):
         try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            raise DataError(f"{path}: not JSON; remove it or give another --out") from None
-        for key in options:
-            if key in old and old[key] != options[key]:
-                raise DataError(f"{path}: run made with {key} = {old[key]}, now {options[key]}; "
-                                "resume with the same options or give another --out")
-    write_atomic(path, json.dumps(options, indent=1))
-    if (out / "log.jsonl").exists() and not (out / "log.jsonl").read_bytes().endswith(b"\n"):
-        with open(out / "log.jsonl", "a") as file:
-            file.write("\n")                                               # the last line was cut by a kill
-    return out
-
-
-def log(out, **row):
-    """Append one JSON line to log.jsonl."""
-    try:
-        with open(Path(out) / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise DataError(f"{out}/log.jsonl: cannot be written ({error.strerror}); free space, then --resume") from None
-
-
-def seconds_by_phase(out):
-    """{phase: seconds} from the lines of log.jsonl that have seconds, those before a kill included."""
-    seconds = {}
-    for line in (Path(out) / "log.jsonl").read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:                                                 # cut by a kill
-            continue
-        if "seconds" in row:
-            seconds[row["phase"]] = row["seconds"]
-    return seconds
-
-
-def step_seconds(net, x, precision):
-    """Seconds of one forward and backward of `net` on images x [B, C, S, S], the mean of five."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    for n in range(9):
-        if n == 4:
-            begin = time.time()                                            # the first steps warm up
-        with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
-            y = net(x)
-        y.float().mean().backward()
-    return (time.time() - begin) / 5
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_csv(path, rows):
@@ -545,54 +566,538 @@ def write_csv(path, rows):
     write_atomic(path, text.getvalue())
 
 
-def write_results(out, runs, volume_rows, classes):
-    """metrics.json and per_volume.csv from all finished runs; returns (summary, gains)."""
-    summary, gains = summarise(runs)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Linux" else 1024 ** 2)
-    tidy = lambda x: ({k: tidy(v) for k, v in x.items()} if isinstance(x, dict) else [tidy(v) for v in x]
-                      if isinstance(x, list) else None if isinstance(x, float) and math.isnan(x) else x)
-    write_atomic(Path(out) / "metrics.json", json.dumps(tidy({
-        "rule": RULE, "classes": classes, "rows": runs, "summary": summary, "gains": gains, "seconds": seconds_by_phase(out),
-        "peak_memory_mb": round(memory), "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                                                      "numpy": np.__version__}}), indent=1))
-    write_csv(Path(out) / "per_volume.csv", volume_rows)
-    return summary, gains
+def make_folder(path):
+    """Make a folder for results, with those above it; returns it. Raises DataError."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def predict_files(o, device, method, build):
-    """--predict: segment the NIfTI files o.predict with o.checkpoint, into o.out/predictions, on each file's own grid.
+def save_checkpoint(path, **content):
+    """torch.save, atomically. Tensors, numbers, strings, lists and dicts only."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getvalue())
 
-    build(content of the checkpoint) -> the network with its weights. Raises DataError.
+
+def load_checkpoint(path, method=None, options=None):
+    """The content of a checkpoint. DataError if unreadable, of another `method` or `options`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        kind, made = content["method"], content["options"]
+    except Exception as error:                                     # torch raises half a dozen kinds
+        raise DataError(f"{path}: not a checkpoint of this project ({type(error).__name__}); "
+                        "give another file") from None
+    if method and kind != method:
+        raise DataError(f"{path}: checkpoint of {kind}, not of {method}; "
+                        f"use {kind}'s script or another file")
+    for key, value in (options or {}).items():
+        if made.get(key) != value:
+            raise DataError(f"{path}: made with {key} = {made.get(key)}, now {value}; "
+                            "use the same options or another --out")
+    return content
+
+
+def load_start(path, unet):
+    """--init: the content of a pretrained.pt of any method, if its weights fit `unet`."""
+    start = load_checkpoint(path)
+    if "parts" not in start:
+        raise DataError(f"{path}: holds no weights to start from; give a pretrained.pt")
+    taken, fresh = load_weights(unet, start["unet"], start["parts"])
+    layers = dict.fromkeys(".".join(k.split(".")[:-1][:3]) for k in fresh)     # as decoder.blocks.3
+    print(f"{path}: {start['method']} gives {len(taken)} tensors ({', '.join(start['parts'])}); "
+          f"{len(fresh)} start fresh ({', '.join(layers)})")
+    return start
+
+
+# ---------------------------------------------------------------------------------------- options
+
+# What a resumed run may change: where things lie, what is printed or drawn, and which rows it has.
+FREE = {"resume", "device", "cache", "out", "predict", "checkpoint", "scratch", "paper", "given",
+        "method", "save_every", "labelled", "seeds", "mean_teacher", "no_peek", "peek_every"}
+
+# What the row "scratch" depends on, in every script; with equal ones it can be read by --scratch.
+BASELINE = ["data", "split", "precision", "width", "depth", "spacing", "size", "steps", "batch",
+            "lr", "rotation"]
+
+
+def _add_run_options(group, method):
+    """The options that all scripts share and no paper names."""
+    add = group.add_argument
+    add("--data", help="folder of a dataset (default: the phantom, made on the first run)")
+    add("--out", default=f"runs/{method}", help="folder for results")
+    add("--cache", default="cache", help="folder for prepared slices")
+    add("--split", choices=["test", "val"], default="test",
+        help="patients to score; choose options on val")
+    add("--resume", action="store_true", help="go on with the run in --out; it may have more rows")
+    add("--save-every", type=int, default=200, help="steps between checkpoints for --resume")
+    add("--init", metavar="FILE", help="start from this pretrained.pt instead of pre-training")
+    add("--scratch", metavar="RUN", help="read the rows that need no pre-training out of this "
+        "finished run of any method, where it has them")
+    add("--predict", nargs="+", metavar="IMAGE", help="segment these NIfTI files into --out")
+    add("--checkpoint", metavar="FILE", help="the network for --predict")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--precision", choices=["float32", "bfloat16"], default="float32",
+        help="bfloat16: convolutions under autocast, twice as fast where the processor has it")
+
+
+def _add_table(group, table):
+    """One flag a line of the table; its help shows our value, the phantom's and the paper's."""
+    for name, real, phantom, paper, text in table:
+        known = [v for v in (real, phantom, paper) if v is not None]
+        kind = known[0] if known else ""
+        values = ["by the data" if real is None and known else f"{real}"]
+        if phantom is not None:
+            values.append(f"phantom: {phantom}")
+        if paper is not None:
+            values.append(f"paper: {paper}")
+        settings = {"help": f"{text} [{'; '.join(values)}]".replace("%", "%%"),
+                    "default": argparse.SUPPRESS}
+        if isinstance(kind, bool):
+            settings["action"] = "store_true"
+        elif isinstance(kind, list):
+            settings.update(type=type(kind[0]), nargs="+", metavar="N")
+        else:
+            settings.update(type=type(kind), metavar="X")
+        group.add_argument("--" + name.replace("_", "-"), **settings)
+
+
+def parse_options(method, doc, table, arguments=None, paper_also=""):
+    """The options of a run, from the command line and the script's table.
+
+    table: lines of (name, on real data, on the phantom, in the paper, what it is). None in the
+    second column: decided by the data; in the third: as on real data; in the fourth: not known.
+    Without --data the phantom's column is taken, with --paper the paper's; what is typed wins.
+    paper_also: what the paper has and no number can set; --paper prints it.
+    """
+    p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_run_options(p.add_argument_group("run"), method)
+    title = f"{method}.py [on real data; on the phantom; in the paper]"
+    _add_table(p.add_argument_group(title), table)
+    if any(line[3] is not None for line in table):
+        p.add_argument("--paper", action="store_true", help="take the paper's column of numbers, "
+                       "for a GPU; what is typed wins")
+    o = p.parse_args(arguments)
+    o.paper = getattr(o, "paper", False)
+    o.method = method
+    o.given = set(vars(o))
+    for name, real, phantom, paper, _ in table:
+        value = real
+        if not o.data and phantom is not None:
+            value = phantom
+        if o.paper and paper is not None:
+            value = paper
+        setattr(o, name, getattr(o, name, value))
+    if o.paper and paper_also:
+        print(f"--paper sets numbers only; the paper also has {paper_also}")
+    return o
+
+
+def refuse(problems):
+    """Raise DataError with the first message of [(wrong, message)] whose `wrong` is true."""
+    for wrong, message in problems:
+        if wrong:
+            raise DataError(message)
+
+
+def pick_device(name="auto"):
+    """The torch device: cuda, else mps, else cpu; or the one named, if it is there (DataError)."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    found = [k for k, yes in there.items() if yes]
+    if name == "auto":
+        return torch.device(found[0])
+    if name.split(":")[0] not in found:
+        raise DataError(f"--device {name}: not available here; use one of {', '.join(found)}")
+    return torch.device(name)
+
+
+# ------------------------------------------------------------------------------------------ a run
+
+
+class Row(NamedTuple):
+    """A row of the table: one network to train."""
+    method: str
+    labelled: int
+    seed: int
+
+    @property
+    def name(self):
+        return f"{self.method}_n{self.labelled}_s{self.seed}"
+
+
+class Run:
+    """One run of a script: what every function would otherwise be handed one by one.
+
+    o options, device, dtype, cases, classes (names), channels, split; after `begin` also dataset,
+    train (numbers of all training slices, labelled or not) and out (folder). A script calls it; it
+    calls no script.
+    """
+    def __init__(self, o):
+        """Find the data and check the options that all scripts have; nothing is written yet."""
+        self.o = o
+        self.device = pick_device(o.device)
+        self.dtype = getattr(torch, o.precision)
+        self.root = Path(o.data) if o.data else Path(o.cache) / f"phantom-{PHANTOM_VERSION}"
+        if not o.data and not self.root.exists():
+            make_phantom(self.root)
+        self.cases = find_cases(self.root)
+        self.classes = self.cases.classes
+        self.channels = self.cases.channels
+        self.split = split_patients(self.cases)
+        if o.spacing is None or o.size is None:
+            spacing, size = default_grid(self.cases)
+            o.spacing = spacing if o.spacing is None else o.spacing
+            o.size = size if o.size is None else o.size
+        o.depth = getattr(o, "depth", 4)                           # not all scripts ask
+        self.check()
+        self.start = load_start(o.init, self.unet()) if o.init else None
+        self.baselines = {"scratch": BASELINE}                     # rows that --scratch may read
+        self.runs = []                                             # rows of metrics.json
+        self.volume_rows = []                                      # rows of per_volume.csv
+
+    def check(self):
+        """Raise DataError where an option that all scripts have is impossible."""
+        o, most = self.o, len(self.split["labelled"])
+        unit = 2 ** o.depth
+        if "labelled" not in o.given:                              # a default is no wish
+            o.labelled = [n for n in o.labelled if n <= most] or [most]
+        refuse([
+            (o.size % unit or o.size < 2 * unit,
+             f"--size {o.size}: use a multiple of {unit}, {2 * unit} or more"),
+            (o.spacing <= 0, f"--spacing {o.spacing}: use mm above 0"),
+            (o.width < 1, f"--width {o.width}: use 1 or more"),
+            (max(o.labelled) > most,
+             f"--labelled {max(o.labelled)}: only {most} training patients have labels"),
+            (min(o.steps, o.save_every, o.batch, *o.labelled) < 1,
+             "--steps, --save-every, --batch and --labelled must be 1 or more"),
+            (o.scratch and not Path(o.scratch).is_dir(),
+             f"--scratch {o.scratch}: is not the folder of a run"),
+        ])
+
+    def unet(self, classes=None):
+        """A U-Net of this run's channels, width and depth, with random weights."""
+        classes = classes or len(self.classes)
+        return UNet(self.channels, classes, self.o.width, self.o.depth)
+
+    def kept(self):
+        """The options that a checkpoint must share to belong to this run."""
+        return {k: v for k, v in vars(self.o).items() if k not in FREE}
+
+    def begin(self):
+        """Prepare the slices, make the folder with options.json, and print what was found."""
+        o, split = self.o, self.split
+        self.dataset = prepare(self.cases, o.spacing, o.size, o.cache)
+        self.train = self.dataset.of_patients(split["train"])
+        self.out = start_run(o.out, vars(o), o.resume)
+        print(f"{self.root}: {self.cases.layout}, {len(self.cases)} volumes, "
+              f"{len(self.dataset.volume)} slices, classes {', '.join(self.classes)}")
+        for warning in self.warnings():
+            print(f"warning: {warning}")
+        print(f"split {split['rule']}: {len(split['train'])} train ({len(self.train)} slices), "
+              f"{len(split['val'])} val, {len(split['test'])} test; labelled in this order: "
+              f"{' '.join(split['labelled'][:max(o.labelled)])}")
+        if "labelled" not in o.given:
+            numbers = " ".join(map(str, o.labelled))
+            print(f"--labelled {numbers}, of {len(split['labelled'])} patients with labels")
+        print(f"options {self.kept()}\non {self.device}, {torch.get_num_threads()} threads")
+
+    def warnings(self):
+        """What is odd about the data, a line each: files left aside, silent headers, odd CT."""
+        not_hu = []
+        for case in self.dataset.info["cases"]:
+            if self.cases.modality == "CT" and not case["hounsfield"]:
+                not_hu.append(case["name"])
+        silent = header_warnings([case.image for case in self.cases])
+        return self.cases.warnings + silent + hounsfield_warnings(not_hu)
+
+    def autocast(self):
+        """The context in which networks run: float32, or bfloat16 with --precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def place(self, net):
+        """The network on the run's device, its convolutions' channels last."""
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def log(self, phase, **values):
+        """Append one JSON line to log.jsonl; tensors are read."""
+        row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        log(self.out, phase=phase, **row)
+
+    # ------------------------------------------------------------ training
+
+    def steps(self, phase, total, modules, optimiser):
+        """The steps of a training loop that are still to do: resumed, with a bar, saved as it goes.
+
+        phase: "pretrain" or the name of a row. modules: all that has weights or state.
+        """
+        path = self.out / ("pretraining.pt" if phase == "pretrain" else "finetuning.pt")
+        begun, first = time.time(), 0
+        if self.o.resume and path.exists():
+            state = load_checkpoint(path, self.o.method, self.kept())
+            if state["phase"] == phase:
+                first = resume_training(state, modules, optimiser)
+        for step in trange(first, total, initial=first, total=total, desc=phase, disable=None):
+            yield step
+            if (step + 1) % self.o.save_every == 0 or step == total - 1:
+                save_checkpoint(path, method=self.o.method, options=self.kept(), phase=phase,
+                                **training_state(step + 1, modules, optimiser))
+        self.log(phase, seconds=time.time() - begun)
+
+    def pretrained(self):
+        """What there is to start from: --init, or the pretrained.pt of a resumed run; else None."""
+        path = self.out / "pretrained.pt"
+        if self.start is None and self.o.resume and path.exists():
+            self.start = load_checkpoint(path, self.o.method, self.kept())
+        return self.start
+
+    def save_pretrained(self, **content):
+        """Write pretrained.pt and return what it holds, with tensors on the CPU."""
+        path = self.out / "pretrained.pt"
+        save_checkpoint(path, method=self.o.method, options=self.kept(), **content)
+        return load_checkpoint(path)
+
+    # ------------------------------------------------------------ rows
+
+    def rows(self, *methods):
+        """The rows that are still to be trained, one after another; finished ones are read."""
+        for n in self.o.labelled:
+            for seed in self.o.seeds:
+                for method in methods:
+                    row = Row(method, n, seed)
+                    content = self.finished(row)
+                    if content is None:
+                        self.begun = time.time()
+                        yield row
+                    else:
+                        self.collect(row, content)
+
+    def checkpoint(self, row):
+        """Where the network of a row lies: in --scratch if it is there, else in the run."""
+        if self.o.scratch and row.method in self.baselines:
+            path = Path(self.o.scratch) / f"{row.name}.pt"
+            if path.exists():
+                return path
+        return self.out / f"{row.name}.pt"
+
+    def finished(self, row):
+        """The checkpoint of a row that is done, here (--resume) or in --scratch; else None."""
+        path = self.checkpoint(row)
+        if path.parent != self.out:
+            options = self.kept()
+            return load_checkpoint(path, None, {k: options[k] for k in self.baselines[row.method]})
+        if self.o.resume and path.exists():
+            return load_checkpoint(path, self.o.method, self.kept())
+        return None
+
+    def score(self, row, patients, net, **others):
+        """Score the trained network of a row, save both, and print a line.
+
+        patients: those it was trained on. others: networks scored beside it, as swin=...
+        """
+        nets = {"": net, **others}
+        trained = time.time()
+        content = {"rows": {k: score(v, self) for k, v in nets.items()}, "patients": patients,
+                   "method": self.o.method, "row": row.method, "options": self.kept(),
+                   "classes": self.classes, "channels": self.channels,
+                   "modality": self.cases.modality, "unet": net.state_dict(),
+                   **{k: v.state_dict() for k, v in others.items()}}
+        save_checkpoint(self.out / f"{row.name}.pt", **content)
+        now = time.time()
+        self.log(row.name, seconds=now - self.begun, seconds_scoring=now - trained)
+        self.collect(row, content)
+
+    def collect(self, row, content):
+        """Add the scores of a row's checkpoint to metrics.json and per_volume.csv."""
+        for name, rows in content["rows"].items():
+            method = f"{row.method}, {name}" if name else row.method
+            run = run_row(row._replace(method=method), content["patients"], rows)
+            self.runs.append(run)
+            about = {"method": method, "labelled": row.labelled, "seed": row.seed}
+            self.volume_rows += [{**about, **r} for r in rows]
+            title = f"{method} n{row.labelled} s{row.seed}"
+            print(f"{title:24} mean Dice {run['mean_dice']:.3f}  HD95 {run['hd95_mm']:.1f} mm  "
+                  f"missed {run['missed']} of {run['n_scores']}")
+        self.summary, self.gains = summarise(self.runs)
+        write_results(self)
+
+    # ------------------------------------------------------------ the end
+
+    def first_nets(self, build, *methods):
+        """{title: network} of these methods, with the fewest labels, which show the most."""
+        nets = {}
+        for method in methods:
+            row = Row(method, min(self.o.labelled), self.o.seeds[0])
+            net = build(load_checkpoint(self.checkpoint(row)))
+            nets[f"{method}, {row.labelled} labelled"] = net.to(self.device).eval()
+        return nets
+
+    def report(self, figure, words):
+        """Draw the Dice curve, print the table, its rule, and what to look at in which figure."""
+        o = self.o
+        draw_dice_curve(self.summary, self.out / "figures/dice.png")
+        seconds = sum(seconds_by_phase(self.out).values())
+        print(f"\n{table(self.summary, self.gains, self.classes)}\n{RULE}.\n"
+              f"{len(self.split[o.split])} {o.split} patients, mean ± std over {len(o.seeds)} "
+              f"seeds; gain over scratch in Dice points; {seconds:.0f} s. Results in {self.out}/\n"
+              f"Look at {self.out}/figures/{figure}: {words}")
+
+
+def run_main(main):
+    """Run a script's main; a DataError is one line and exit code 2."""
+    try:
+        main()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def training_state(step, modules, optimiser):
+    """A training loop's whole state: weights, optimiser, step, random state."""
+    return {"step": step, "modules": [m.state_dict() for m in modules],
+            "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state()}
+
+
+def resume_training(state, modules, optimiser):
+    """Load what `training_state` returned; returns the step to go on with."""
+    for module, weights in zip(modules, state["modules"]):
+        module.load_state_dict(weights)
+    optimiser.load_state_dict(state["optimiser"])
+    torch.set_rng_state(state["rng"])
+    return state["step"]
+
+
+def start_run(out, options, resume):
+    """Make the folder of a run and write options.json. Without `resume` no run is touched."""
+    out = make_folder(Path(out) / "figures").parent
+    path = out / "options.json"
+    options = {k: v for k, v in options.items() if k not in ("given", "method", "resume")}
+    if path.exists() and not resume:
+        raise DataError(f"{out}: holds a run already; add --resume to go on with it, "
+                        "or give another --out")
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            raise DataError(f"{path}: not JSON; remove it or give another --out") from None
+        for key in options.keys() - FREE:
+            if key in old and old[key] != options[key]:
+                raise DataError(f"{path}: run made with {key} = {old[key]}, now {options[key]}; "
+                                "resume with the same options or give another --out")
+    write_atomic(path, json.dumps(options, indent=1))
+    path = out / "log.jsonl"
+    with writing(path), open(path, "a+b") as file:
+        file.seek(0)
+        if not (b"\n" + file.read()).endswith(b"\n"):
+            file.write(b"\n")                                      # the last line was cut by a kill
+    return out
+
+
+def log(out, **row):
+    """Append one JSON line to log.jsonl."""
+    path = Path(out) / "log.jsonl"
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_log(out):
+    """The lines of log.jsonl; one that a kill has cut is left out."""
+    rows = []
+    for line in (Path(out) / "log.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def seconds_by_phase(out):
+    """{phase: seconds} from log.jsonl; the last line of a phase counts."""
+    return {r["phase"]: r["seconds"] for r in read_log(out) if "seconds" in r}
+
+
+def without_nan(x):
+    """The same dicts and lists with None for nan, which JSON does not have."""
+    if isinstance(x, dict):
+        return {k: without_nan(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [without_nan(v) for v in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
+
+
+def write_results(run):
+    """metrics.json and per_volume.csv from all rows that are done."""
+    unit = 1024 if platform.system() == "Linux" else 1024 ** 2     # of ru_maxrss: KiB, or bytes
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__}
+    metrics = {"rule": RULE, "classes": run.classes, "rows": run.runs, "summary": run.summary,
+               "gains": run.gains, "seconds": seconds_by_phase(run.out),
+               "peak_memory_mb": round(memory), "versions": versions}
+    write_atomic(run.out / "metrics.json", json.dumps(without_nan(metrics), indent=1))
+    write_csv(run.out / "per_volume.csv", run.volume_rows)
+
+
+# ------------------------------------------------------------------------------------ new volumes
+
+
+def build_unet(content):
+    """The U-Net of a row's checkpoint."""
+    o = content["options"]
+    unet = UNet(content["channels"], len(content["classes"]), o["width"], o["depth"])
+    unet.load_state_dict(content["unet"])
+    return unet
+
+
+def predict_files(o, build=build_unet):
+    """--predict: segment the NIfTI files o.predict with o.checkpoint, each on its own grid.
+
+    Label maps go to o.out/predictions. build(content of the checkpoint) -> the network. Raises
+    DataError.
     """
     if not o.checkpoint:
-        raise DataError(f"--predict: needs --checkpoint, a fine-tuned network such as runs/{method}/{method}_n7_s0.pt")
-    content = load_checkpoint(o.checkpoint, method)
+        raise DataError("--predict: needs --checkpoint, a fine-tuned network such as "
+                        f"runs/{o.method}/{o.method}_n7_s0.pt")
+    content = load_checkpoint(o.checkpoint, o.method)
     if "classes" not in content:
-        raise DataError(f"{o.checkpoint}: holds no segmentation head; give a fine-tuned network such as {method}_n7_s0.pt")
-    made, classes, unet = content["options"], content["classes"], build(content).to(device)
+        raise DataError(f"{o.checkpoint}: holds no segmentation head; "
+                        f"give a fine-tuned network such as {o.method}_n7_s0.pt")
     if len({stem(f) for f in o.predict}) < len(o.predict):
-        raise DataError("--predict: two images have the same name; segment them in two runs with different --out")
+        raise DataError("--predict: two images have the same name; "
+                        "segment them in two runs with different --out")
+    device = pick_device(o.device)
+    made = content["options"]
+    classes = content["classes"]
+    unet = build(content).to(device)
     out = make_folder(Path(o.out) / "predictions")
-    like = Cases([], ".", "plain", classes, modality=content["modality"], channels=content["channels"])
+    for warning in header_warnings(o.predict):
+        print(f"warning: {warning}")
+    like = Cases([], ".", "plain", classes, modality=content["modality"],
+                 channels=content["channels"])
     for file in map(Path, o.predict):
-        image, spacing = read_image(channel_files(file, like.channels), like)                # [C, V, H, W]
-        x = torch.from_numpy(normalise(image, like.modality)).movedim(1, 0)                  # [V, C, H, W]
-        x = to_network(x, spacing, made["spacing"], made["size"]).to(device)                 # [V, C, S, S]
-        label = predict(unet, x, image.shape[1:], spacing, made["spacing"]).cpu().numpy()    # [V, H, W]
+        image, spacing = read_image(channel_files(file, like.channels), like)      # [C, V, H, W]
+        if like.modality == "CT" and not all(in_hounsfield(c) for c in image):
+            print(f"warning: {hounsfield_warnings([file.name])[0]}")
+        x = torch.from_numpy(normalise(image, like.modality)).movedim(1, 0)        # [V, C, H, W]
+        x = to_network(x, spacing, made["spacing"], made["size"]).to(device)       # [V, C, S, S]
+        label = predict(unet, x, image.shape[1:], spacing, made["spacing"])        # [V, H, W]
+        label = label.cpu().numpy()
         write_nifti(out / f"{stem(file)}.nii.gz", label, file)
-        voxels = ", ".join(f"{n} {int((label == k).sum())} voxels" for k, n in enumerate(classes) if k)
-        print(f"{out / stem(file)}.nii.gz: {voxels}")
+        voxels = [f"{name} {int((label == k).sum())} voxels" for k, name in enumerate(classes) if k]
+        print(f"{out / stem(file)}.nii.gz: {', '.join(voxels)}")
 
 
-# ------------------------------------------------------------------------------------------------ figures
+# ---------------------------------------------------------------------------------------- figures
 
 
 def new_figure(rows, columns, width=2.2, height=2.2):
     """(figure, axes [rows, columns]) that needs no screen, with the axes' frames off."""
-    import matplotlib                                                      # here: a second to import, and only figures need it
+    import matplotlib                                              # here: a second to import
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     return figure, axes
@@ -615,37 +1120,44 @@ def middle_slices(dataset, patients):
 
 def show(axis, image, label=None, classes=4, title=None):
     """A slice [S, S] in grey, with its label [S, S] over it in colour."""
-    axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+    axis.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=1)
     if label is not None:
-        axis.imshow(np.ma.masked_less(label, 1), cmap="viridis", alpha=.5, vmin=1, vmax=max(2, classes - 1),
-                    interpolation="nearest")
+        axis.imshow(np.ma.masked_less(np.asarray(label), 1), cmap="viridis", alpha=.5, vmin=1,
+                    vmax=max(2, classes - 1), interpolation="nearest")
     if title:
         axis.set_title(title, fontsize=8)
 
 
-def draw_overlays(dataset, cases, patients, nets, device, path):
-    """Image, truth and the labels of each network of nets {title: network in eval mode} on the middle slices of the patients."""
+@torch.no_grad()
+def draw_overlays(run, nets):
+    """overlays.png: image, truth and the labels of each network of nets {title: network}.
+
+    On the middle slices of four of the patients that were scored.
+    """
+    dataset, K = run.dataset, len(run.classes)
+    patients = run.split[run.o.split][:4]
     figure, axes = new_figure(len(patients), 2 + len(nets))
     for row, patient in zip(axes, patients):
         numbers = dataset.of_patients([patient], labelled=True)
         number = numbers[[dataset.depth[numbers[0]] // 2]]
-        image, truth = dataset.image(number, device), dataset.label(number)[0]
-        show(row[0], image[0, 0].cpu(), title=patient)
-        show(row[1], image[0, 0].cpu(), truth, len(cases.classes), "truth")
+        image = dataset.image(number, run.device)                  # [1, C, S, S]
+        picture = image[0, 0].cpu()
+        show(row[0], picture, title=patient)
+        show(row[1], picture, dataset.label(number)[0], K, "truth")
         for axis, (title, net) in zip(row[2:], nets.items()):
-            with torch.no_grad():
-                pred = net(image).argmax(1)[0].cpu()                       # [S, S]
-            show(axis, image[0, 0].cpu(), pred, len(cases.classes), title)
-    save_figure(figure, path)
+            label = net(image).argmax(1)[0].cpu()                  # [S, S]
+            show(axis, picture, label, K, title)
+    save_figure(figure, run.out / "figures/overlays.png")
 
 
 def draw_dice_curve(summary, path):
-    """Mean Dice against the number of labelled patients, one line a method, bars of one std over seeds."""
+    """Mean Dice against the number of labelled patients; bars of one std over seeds."""
     figure, axes = new_figure(1, 1, 4.5, 3.2)
     axis = axes[0, 0]
     axis.axis("on")
     for method in dict.fromkeys(r["method"] for r in summary):
-        rows = sorted((r for r in summary if r["method"] == method), key=lambda r: r["labelled"])
+        rows = [r for r in summary if r["method"] == method]
+        rows.sort(key=lambda r: r["labelled"])
         axis.errorbar([r["labelled"] for r in rows], [r["mean_dice"]["mean"] for r in rows],
                       [r["mean_dice"]["std"] for r in rows], marker="o", capsize=3, label=method)
     axis.set_xticks(sorted({r["labelled"] for r in summary}))

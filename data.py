@@ -1,18 +1,20 @@
-"""From files to volumes, with numpy and nibabel alone (no torch): find the scans in a folder, recognise its layout,
-read and check images and labels, split by patient, and make the built-in phantom.
+"""From files to volumes, with numpy and nibabel alone (no torch): find the scans in a folder,
+recognise its layout, read and check images and labels, split by patient, make the built-in phantom.
 
-    python data.py PATH                      what is there: layout, cases, shapes, spacings, labels, problems
-    python data.py PATH --montage OUT.png    the same, and one slice of up to 24 cases with its labels
-    python data.py phantom OUT               write the phantom to OUT as a Medical Segmentation Decathlon folder
+    python data.py PATH                      what is there: layout, cases, labels, problems
+    python data.py PATH --montage OUT.png    the same, and a slice of up to 24 cases with its labels
+    python data.py phantom OUT               write the phantom to OUT as an MSD folder
 
-Letters: C channels, V slices of a volume, H rows, W columns. Every volume is turned to [V, H, W] with V along the
-thick axis, the patient's front up and the patient's right on the left, and turned back before anything is written.
-It does not resample, crop or batch (common.py does), and it never looks at a label to decide what part of an image to use.
+Letters: C channels, V slices of a volume, H rows, W columns. Every volume is turned to [V, H, W]
+with V along the thick axis, the patient's front up and the patient's right on the left, and turned
+back before anything is written. It does not resample, crop or batch (common.py does), and it never
+looks at a label to decide what part of an image to use.
 """
-import argparse, json, os, re, sys, zlib
-from collections import Counter
+import argparse, json, math, os, re, sys, zipfile, zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -20,16 +22,18 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 
 
 class DataError(Exception):
-    """Something a user can mend: the message names file, value and fix. Scripts print it and leave with exit code 2."""
+    """What a user can mend: one line with file, value and fix. Scripts print it and exit with 2."""
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))     # nested errors' texts have line breaks
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan. `files` holds one image file, or one file a channel (nnU-Net), or one file a slice (npz)."""
+    """One scan. `files`: one image file, or one a channel (nnU-Net), or one a slice (npz)."""
     name: str
-    patient: str                # cases of one patient (ED and ES of a heart) never fall on two sides of a split
+    patient: str                # a patient's cases (ED and ES) never fall on two sides of a split
     files: tuple
-    label: Path | None = None
+    label: Path | None = None   # an npz holds both: there it is the first of `files`
     group: str = ""             # pathology group, where the layout names one (ACDC)
 
     @property
@@ -38,34 +42,55 @@ class Case:
 
 
 class Cases(list):
-    """A list of `Case` and what the folder says about all of them."""
-    def __init__(self, cases, root, layout, classes, ranges=None, modality="MR", channels=1, warnings=()):
+    """A list of `Case` and what the folder says about all of them.
+
+    classes: names in order, 0 is the background; or {name: (lowest, highest raw value)}.
+    """
+    def __init__(self, cases, root, layout, classes, modality="MR", channels=1):
         super().__init__(cases)
-        self.root, self.layout, self.modality, self.channels = Path(root), layout, modality, channels
-        self.classes = list(classes)                            # names; class 0 is the background
-        self.ranges = list(ranges or [(k, k) for k in range(len(classes))])   # raw values (lowest, highest) of each class
-        self.warnings = list(warnings)
+        self.root = Path(root)
+        self.layout = layout
+        self.classes = list(classes)
+        self.ranges = [(k, k) for k in range(len(classes))]
+        if isinstance(classes, dict):
+            self.ranges = list(classes.values())
+        self.modality = modality
+        self.channels = channels
+        self.warnings = []
 
 
 @dataclass
 class Volume:
-    """A scan in memory. image float32 [C, V, H, W]; label uint8 [V, H, W] or None; spacing (slice, row, column) in mm."""
-    image: np.ndarray
-    label: np.ndarray | None
-    spacing: tuple
+    """A scan in memory."""
+    image: np.ndarray           # float32 [C, V, H, W]
+    label: np.ndarray | None    # uint8 [V, H, W]
+    spacing: tuple              # (slice, row, column) in mm
 
 
-# ------------------------------------------------------------------------------------------------ layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 ACDC = ["background", "RV", "Myo", "LV"]
 HVSMR = ["background", "myocardium", "blood pool"]
-MMWHS = {"background": (0, 0), "Myo": (205, 205), "LA": (420, 421), "LV": (500, 500), "RA": (550, 550), "RV": (600, 600),
-         "aorta": (820, 820), "pulmonary artery": (850, 850)}   # a stray 421 belongs to LA
-CHAOS = {"background": (0, 0), "liver": (55, 70), "right kidney": (110, 135), "left kidney": (175, 200),
-         "spleen": (240, 255)}
-SYNAPSE = ["background", "aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach"]
-BTCV = ["background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
-        "inferior vena cava", "portal and splenic vein", "pancreas", "right adrenal gland", "left adrenal gland"]
+MMWHS = {"background": (0, 0), "Myo": (205, 205), "LA": (420, 421), "LV": (500, 500),
+         "RA": (550, 550), "RV": (600, 600), "aorta": (820, 820), "pulmonary artery": (850, 850)}
+CHAOS = {"background": (0, 0), "liver": (55, 70), "right kidney": (110, 135),
+         "left kidney": (175, 200), "spleen": (240, 255)}
+SYNAPSE = ["background", "aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas",
+           "spleen", "stomach"]
+BTCV = ["background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver",
+        "stomach", "aorta", "inferior vena cava", "portal and splenic vein", "pancreas",
+        "right adrenal gland", "left adrenal gland"]
+
+# (layout, images, labels, case name, classes, modality): told by the file names alone.
+# The case name is the file's stem with a pattern replaced, and the same for image and label.
+# Classes None: by the values in the labels. Modality None: CT if every case name begins with ct.
+NAMED = (
+    ("BTCV", "img/*", "label/*", (r"^\D*(\d+).*$", r"case\1"), BTCV, "CT"),
+    ("MMWHS", "**/*_image.nii*", "**/*_label.nii*", ("_(image|label)$", ""), MMWHS, None),
+    ("HVSMR 2016", "**/training_axial_crop_pat*.nii*", "**/training_axial_crop_pat*-label.nii*",
+     ("-label$", ""), HVSMR, "MR"),
+    ("plain", "images/*", "labels/*", ("", ""), None, "MR"),
+)
 
 
 def stem(path):
@@ -80,40 +105,52 @@ def patient_of(name):
 
 def _niftis(folder, pattern="*"):
     """NIfTI files of a folder in name order; dot files, which macOS scatters, are no scans."""
-    return sorted(f for f in Path(folder).glob(pattern) if f.name.endswith((".nii", ".nii.gz")) and f.name[0] != ".")
+    return sorted(f for f in folder.glob(pattern) if re.search(r"^[^.].*\.nii(\.gz)?$", f.name))
 
 
-def _pairs(images, labels, patient=patient_of):
-    """Cases from {name: image files} and {name: label}; an image without label is an unlabelled case."""
-    warnings = [f"{labels[n]}: label without image, skipped" for n in sorted(labels.keys() - images.keys())]
-    unlabelled = sorted(images.keys() - labels.keys())
-    if unlabelled:
-        warnings.append(f"{len(unlabelled)} images without label, used without one: {', '.join(unlabelled[:3])}"
-                        + (" ..." if len(unlabelled) > 3 else ""))
-    return [Case(n, patient(n), tuple(images[n]), labels.get(n)) for n in sorted(images)], warnings
+def _count(names, what):
+    """[] or one warning: how many, what about them, and the first three of their names."""
+    if not names:
+        return []
+    more = " ..." if len(names) > 3 else ""
+    return [f"{len(names)} {what}: {', '.join(names[:3])}{more}"]
+
+
+def _pairs(images, labels):
+    """(cases, warnings) from {name: image files} and {name: label}; either may miss the other."""
+    cases = [Case(n, patient_of(n), tuple(images[n]), labels.get(n)) for n in sorted(images)]
+    orphans = sorted(labels.keys() - images.keys())
+    warnings = [f"{labels[n]}: label without image, skipped" for n in orphans]
+    bare = [c.name for c in cases if not c.label]
+    return cases, warnings + _count(bare, "images without label, used without one")
 
 
 def _acdc(root):
-    folders = sorted(f.parent for pattern in ("", "*/", "*/*/") for f in root.glob(pattern + "patient*/Info.cfg"))
-    cases, warnings = [], []
-    for folder in folders:
-        info = dict(line.split(":", 1) for line in (folder / "Info.cfg").read_text(errors="replace").splitlines() if ":" in line)
-        info = {k.strip(): v.strip() for k, v in info.items()}
-        if not all(info.get(k, "").isdigit() for k in ("ED", "ES")):
-            raise DataError(f"{folder / 'Info.cfg'}: no whole number for ED and ES; download the file again")
+    patterns = ("patient*/Info.cfg", "*/patient*/Info.cfg", "*/*/patient*/Info.cfg")
+    infos = sorted(info for pattern in patterns for info in root.glob(pattern))
+    found = Cases([], root, "ACDC", ACDC)
+    for info in infos:
+        folder = info.parent
+        text = info.read_text(errors="replace")
+        entries = dict(re.findall(r"(\w+)[ \t]*:[ \t]*(\S+)", text))
         files = {stem(f): f for f in _niftis(folder)}
-        wanted = [f"{folder.name}_frame{int(info[k]):02d}" for k in ("ED", "ES")]      # never file order: patient090
-        for name in wanted:
-            if name in files:
-                cases.append(Case(name, folder.name, (files[name],), files.get(name + "_gt"), info.get("Group", "")))
-                if name + "_gt" not in files:
-                    warnings.append(f"{files[name]}: no {name}_gt beside it, used without label")
+        for phase in ("ED", "ES"):
+            number = entries.get(phase, "")
+            if not number.isdigit():
+                raise DataError(f"{info}: no whole number for ED and ES; download the file again")
+            name = f"{folder.name}_frame{int(number):02d}"   # never by file order: patient090
+            image = files.pop(name, None)
+            label = files.pop(name + "_gt", None)
+            if image:
+                found.append(Case(name, folder.name, (image,), label, entries.get("Group", "")))
             else:
-                warnings.append(f"{folder}: Info.cfg names {name}, which is not there, skipped")
-        for name in sorted(files.keys() - set(wanted) - {n + "_gt" for n in wanted}):
+                found.warnings.append(f"{folder}: Info.cfg names {name}, not there, skipped")
+            if image and not label:
+                found.warnings.append(f"{image}: no {name}_gt beside it, used without label")
+        for name, file in files.items():
             why = "4D cine" if name.endswith("_4d") else "neither ED nor ES of Info.cfg"
-            warnings.append(f"{files[name]}: {why}, skipped")
-    return Cases(cases, root, "ACDC", ACDC, warnings=warnings) if folders else None
+            found.warnings.append(f"{file}: {why}, skipped")
+    return found if infos else None
 
 
 def _json_layouts(root):
@@ -124,489 +161,679 @@ def _json_layouts(root):
     try:
         info = json.loads(path.read_text())
         nnunet = "channel_names" in info
-        modalities = list(info["channel_names" if nnunet else "modality"].values())
-        labels = {int(v): k for k, v in info["labels"].items()} if nnunet else {int(k): v for k, v in info["labels"].items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: not a dataset.json of MSD or nnU-Net v2 ({type(error).__name__}: {error}); mend it") from None
-    if sorted(labels) != list(range(len(labels))):
-        raise DataError(f"{path}: label values {sorted(labels)} are not 0, 1, 2, ...; renumber them")
+        modalities = [str(m) for m in info["channel_names" if nnunet else "modality"].values()]
+        modality = "CT" if "CT" in [m.upper() for m in modalities] else modalities[0]
+        labels = info["labels"]
+        if nnunet:
+            labels = {value: name for name, value in labels.items()}
+        labels = {int(value): name for value, name in labels.items()}
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise DataError(f"{path}: not a dataset.json of MSD or nnU-Net v2 "
+                        f"({type(error).__name__}: {error}); mend it") from None
+    values = sorted(labels)
+    if values != list(range(len(values))):
+        raise DataError(f"{path}: label values {values} are not 0, 1, 2, ...; renumber them")
     images, skipped = {}, []
     for file in _niftis(root / "imagesTr"):
-        match = re.fullmatch(r"(.+)_(\d{4})", stem(file)) if nnunet else None
-        if nnunet and not match:
+        match = re.fullmatch(r"(.+)_\d{4}" if nnunet else "(.+)", stem(file))
+        if match:
+            images.setdefault(match[1], []).append(file)
+        else:
             skipped.append(f"{file}: name does not end in a channel number (_0000), skipped")
-            continue
-        images.setdefault(match[1] if nnunet else stem(file), []).append(file)
-    if nnunet and any(len(f) != len(modalities) for f in images.values()):
-        name = next(n for n, f in images.items() if len(f) != len(modalities))
-        raise DataError(f"{root / 'imagesTr' / name}: {len(images[name])} channel files, dataset.json names {len(modalities)}; "
-                        "add the missing channels or remove the case")
+    for name, files in images.items():
+        if nnunet and len(files) != len(modalities):
+            raise DataError(f"{files[0].with_name(name)}: {len(files)} channel files, dataset.json "
+                            f"names {len(modalities)}; add the missing ones or remove the case")
     cases, warnings = _pairs(images, {stem(f): f for f in _niftis(root / "labelsTr")})
     if _niftis(root / "imagesTs"):
-        warnings.append(f"{root / 'imagesTs'}: the challenge's test images are left alone (segment them with --predict)")
-    modality = "CT" if any(str(m).upper() == "CT" for m in modalities) else str(modalities[0])
-    return Cases(cases, root, "nnU-Net v2" if nnunet else "MSD", [labels[k] for k in sorted(labels)], modality=modality,
-                 channels=len(modalities), warnings=skipped + warnings)
+        warnings.append(f"{root / 'imagesTs'}: the challenge's test images are left alone "
+                        "(segment them with --predict)")
+    layout = "nnU-Net v2" if nnunet else "MSD"
+    found = Cases(cases, root, layout, [labels[k] for k in values], modality, len(modalities))
+    found.warnings = skipped + warnings
+    return found
 
 
 def _transunet(root):
     slices = {}
-    for file in sorted([*root.glob("*.npz"), *root.glob("train_npz/*.npz")]):
-        if match := re.fullmatch(r"(case\d+)_slice(\d+)", stem(file)):
+    for file in [*root.glob("*.npz"), *root.glob("train_npz/*.npz")]:
+        match = re.fullmatch(r"(case\d+)_slice(\d+)", stem(file))
+        if match:
             slices.setdefault(match[1], []).append((int(match[2]), file))
-    cases = [Case(n, n, tuple(f for _, f in sorted(s)), None) for n, s in sorted(slices.items())]
-    return Cases(cases, root, "TransUNet npz", SYNAPSE, modality="[0, 1]", warnings=[
-        "npz slices carry no organ names and no spacing: the map of TransUNet and 1 mm are assumed, distances are in voxels"
-        ]) if cases else None
+    found = Cases([], root, "TransUNet npz", SYNAPSE, "[0, 1]")
+    for name in sorted(slices):
+        files = tuple(file for _, file in sorted(slices[name]))
+        found.append(Case(name, name, files, files[0]))
+    found.warnings = ["npz slices carry no organ names and no spacing: the map of TransUNet and "
+                      "1 mm are assumed, distances are in voxels"]
+    return found or None
 
 
-def _btcv(root):
-    if not (root / "img").is_dir():
-        return None
-    number = lambda f: "case" + re.sub(r"\D", "", stem(f))
-    cases, warnings = _pairs({number(f): [f] for f in _niftis(root / "img")}, {number(f): f for f in _niftis(root / "label")})
-    return Cases(cases, root, "BTCV", BTCV, modality="CT", warnings=warnings)
+def _named(root):
+    """The layouts of the table NAMED."""
+    for layout, image_glob, label_glob, (pattern, replacement), classes, modality in NAMED:
+        labels = _niftis(root, label_glob)
+        images = [f for f in _niftis(root, image_glob) if f not in labels]
+        if not images and not (root / image_glob).parent.is_dir():
+            continue
+        images = {re.sub(pattern, replacement, stem(f)): [f] for f in images}
+        labels = {re.sub(pattern, replacement, stem(f)): f for f in labels}
+        cases, warnings = _pairs(images, labels)
+        if classes is None:
+            layout, classes = _by_value(root, cases)
+        if modality is None:
+            modality = "CT" if all(n.lower().startswith("ct") for n in images) else "MR"
+        found = Cases(cases, root, layout, classes, modality)
+        found.warnings = warnings
+        return found
+    return None
 
 
-def _mmwhs(root):
-    images = {stem(f)[:-6]: [f] for f in _niftis(root, "**/*_image.nii*")}
-    cases, warnings = _pairs(images, {stem(f)[:-6]: f for f in _niftis(root, "**/*_label.nii*")})
-    ct = bool(images) and all(n.lower().startswith("ct") for n in images)
-    return Cases(cases, root, "MMWHS", MMWHS, MMWHS.values(), "CT" if ct else "MR", 1, warnings) if cases else None
-
-
-def _hvsmr(root):
-    files = {stem(f): f for f in _niftis(root, "**/training_axial_crop_pat*.nii*")}
-    images = {n: [f] for n, f in files.items() if not n.endswith("-label")}
-    cases, warnings = _pairs(images, {n[:-6]: f for n, f in files.items() if n.endswith("-label")})
-    return Cases(cases, root, "HVSMR 2016", HVSMR, warnings=warnings) if cases else None
-
-
-def _plain(root):
-    """images/ and labels/ with equal names. The values are read from the labels; CHAOS shows by its grey values."""
-    if not (root / "images").is_dir():
-        return None
-    cases, warnings = _pairs({stem(f): [f] for f in _niftis(root / "images")}, {stem(f): f for f in _niftis(root / "labels")})
-    values = set()
-    for case in cases:
-        if case.label:
-            values |= set(np.unique(_whole(_load(case.label)[0], case.label)).tolist())
-    if values - {0} and max(values) > 8 and all(any(lo <= v <= hi for lo, hi in CHAOS.values()) for v in values):
-        return Cases(cases, root, "CHAOS-NIfTI", CHAOS, CHAOS.values(), warnings=warnings)
-    if values and sorted(values | {0}) != list(range(max(values) + 1)):
-        raise DataError(f"{root / 'labels'}: label values {sorted(values)} are not consecutive; renumber them 0, 1, 2, ...")
-    names = ["background"] + [f"class {k}" for k in range(1, max(values, default=1) + 1)]
-    return Cases(cases, root, "plain", names, warnings=warnings)
+def _by_value(root, cases):
+    """(layout, classes) by the values in the labels: CHAOS's grey ones, or 0, 1, 2, ..."""
+    values = {0}
+    for label in [c.label for c in cases if c.label]:
+        values |= set(np.unique(_whole(_load(label)[0], label)).tolist())
+    grey = [v for v in values for low, high in CHAOS.values() if low <= v <= high]
+    if max(values) > 8 and len(grey) == len(values):
+        return "CHAOS-NIfTI", CHAOS
+    if sorted(values) != list(range(len(values))):
+        raise DataError(f"{root}/labels: label values {sorted(values)} are not consecutive; "
+                        "renumber them 0, 1, 2, ...")
+    return "plain", ["background"] + [f"class {k}" for k in range(1, max(2, len(values)))]
 
 
 def find_cases(path):
-    """The scans below a folder, as `Cases` (a list of `Case` with layout, class names and warnings).
+    """The scans below a folder, as `Cases` (a list of `Case` with layout, classes and warnings).
 
     Reads no image; of the plain layout it reads the labels, for their values.
-    Layouts: ACDC, MSD, nnU-Net v2, TransUNet npz, raw BTCV, MMWHS, HVSMR 2016, plain, CHAOS-NIfTI (see README, "Data").
-    Raises DataError where the path is missing, is no folder, is empty, or is of no known layout.
+    Layouts: ACDC, MSD, nnU-Net v2, TransUNet npz, raw BTCV, MMWHS, HVSMR 2016, plain, CHAOS-NIfTI
+    (see README, "Data"). Raises DataError where the path is no folder or of no known layout.
     """
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"{root}: {'is a file' if root.exists() else 'does not exist'}; give the folder of a dataset")
-    for layout in (_acdc, _json_layouts, _transunet, _btcv, _mmwhs, _hvsmr, _plain):
+        why = "is a file" if root.exists() else "does not exist"
+        raise DataError(f"{root}: {why}; give the folder of a dataset")
+    for layout in (_acdc, _json_layouts, _transunet, _named):
         cases = layout(root)
         if cases:
             return cases
         if cases is not None:
-            raise DataError(f"{root}: {cases.layout} layout, but it holds no images; check the download")
-    found = ", ".join(sorted(f.name for f in root.iterdir())[:5]) or "nothing"
-    raise DataError(f"{root}: no known layout (found {found}); arrange the scans as images/NAME.nii.gz and labels/NAME.nii.gz")
+            raise DataError(f"{root}: {cases.layout} layout, but it holds no images; "
+                            "check the download")
+    names = sorted(f.name for f in root.iterdir())
+    raise DataError(f"{root}: no known layout (found {', '.join(names[:5]) or 'nothing'}); "
+                    "arrange the scans as images/NAME.nii.gz and labels/NAME.nii.gz")
 
 
-# ------------------------------------------------------------------------------------------------ reading and checking
+# ----------------------------------------------------------------------------- reading and checking
 
-def _load(path, header_only=False):
-    """A NIfTI file as (array in file order, nibabel image). Raises DataError where it cannot be read."""
+# what numpy and nibabel raise at a file that is damaged or something else
+UNREADABLE = (EOFError, KeyError, MemoryError, OSError, OverflowError, TypeError, ValueError,
+              nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
+              zipfile.BadZipFile, zlib.error)
+
+
+@contextmanager
+def _refusing(path, kind="NIfTI file"):
+    """Turns what numpy and nibabel raise at a bad file into a DataError."""
     try:
+        yield
+    except UNREADABLE as error:
+        raise DataError(f"{path}: not a readable {kind} ({type(error).__name__}: "
+                        f"{str(error)[:80]}); download it again or remove it") from None
+
+
+def _open(path):
+    """The nibabel image of a NIfTI file; its header is checked, its voxels are not read yet."""
+    with _refusing(path):
         image = nib.load(path)
-        return None if header_only else np.ascontiguousarray(image.dataobj), image     # nibabel's are Fortran-ordered
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, EOFError, OSError, ValueError,
-            zlib.error) as error:
-        raise DataError(f"{path}: not a readable NIfTI file ({type(error).__name__}: {str(error)[:80]}); "
-                        "download it again or remove it") from None
+    if not isinstance(image, nib.Nifti1Pair):
+        raise DataError(f"{path}: {type(image).__name__}, not NIfTI; convert it")
+    shape = image.shape
+    if len(shape) < 3 or min(shape) < 1 or max(shape[4:], default=1) > 1:
+        raise DataError(f"{path}: shape {shape} is not a 3D volume; remove it or split it")
+    return image
+
+
+def _load(path):
+    """A NIfTI file as (array [X, Y, Z] or [X, Y, Z, C] in file order, nibabel image)."""
+    image = _open(path)
+    with _refusing(path):
+        array = np.ascontiguousarray(image.dataobj)          # nibabel's are Fortran-ordered
+    if array.dtype.kind not in "iuf":
+        raise DataError(f"{path}: voxels of type {array.dtype} are no grey values; save it again")
+    return array.reshape(array.shape[:4]), image
 
 
 def _whole(label, path):
     """The label array if every value is a whole number in [0, 65535]."""
-    if not np.isfinite(label).all() or (label != np.round(label)).any() or label.min() < 0 or label.max() > 65535:
-        raise DataError(f"{path}: label values from {label.min():g} to {label.max():g} are not all whole numbers >= 0; "
-                        "save it again as integers (nearest-neighbour resampling)")
+    low, high = label.min(), label.max()                     # nan fails every comparison
+    if not (low >= 0 and high <= 65535 and (label == np.round(label)).all()):
+        raise DataError(f"{path}: label values from {low:g} to {high:g} are not all whole "
+                        "numbers >= 0; save it again as integers (nearest-neighbour resampling)")
     return label.astype(np.int32)
 
 
-def _turn(image, path):
-    """How the file's grid is turned to [V, H, W]: (orientation to LPS, thick axis there, spacing in mm (V, H, W))."""
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
-        raise DataError(f"{path}: affine without volume; write a header with spacing and orientation")
-    to_lps = ornt_transform(io_orientation(image.affine), axcodes2ornt("LPS"))
-    if not all(z > 0 for z in image.header.get_zooms()[:3]):
-        raise DataError(f"{path}: spacing {image.header.get_zooms()[:3]} is not positive; write the header again")
-    zooms = np.empty(3)                                                    # spacing along the axes of the LPS array
-    zooms[to_lps[:, 0].astype(int)] = image.header.get_zooms()[:3]         # not the affine's: ACDC's sform says 1 mm
-    thick = int(zooms.argmax()) if zooms.max() > 1.5 * np.median(zooms) else 2      # isotropic: axial slices
-    order = [thick] + [a for a in (2, 1, 0) if a != thick]                 # [X, Y, Z] -> [V, H, W]
-    return to_lps, order, tuple(float(zooms[a]) for a in order)
+def _grid(image, path):
+    """How the voxels of a nibabel image lie: (to_lps, order, shape, spacing).
+
+    to_lps turns the file's axes to L, P, S; order transposes these to V, H, W; shape and spacing
+    (mm) are those of V, H, W.
+    """
+    affine = image.affine
+    if not np.isfinite(affine).all() or np.isnan(io_orientation(affine)).any():
+        raise DataError(f"{path}: affine without volume; give it spacing and orientation")
+    to_lps = ornt_transform(io_orientation(affine), axcodes2ornt("LPS"))
+    zooms = np.array(image.header.get_zooms()[:3], float)    # not the affine's: ACDC's says 1 mm
+    if not ((zooms > 0) & (zooms < 1000)).all():
+        raise DataError(f"{path}: spacing {zooms} mm is no scan's; write the header again")
+    axes = to_lps[:, 0].argsort()                            # the file's axis along L, P and S
+    thick = 2                                                # isotropic: axial slices
+    if zooms.max() > 1.5 * np.median(zooms):
+        thick = int(zooms[axes].argmax())
+    order = [thick] + [a for a in (2, 1, 0) if a != thick]
+    axes = axes[order]
+    return to_lps, order, [image.shape[a] for a in axes], tuple(zooms[axes].tolist())
 
 
 def read_nifti(path):
-    """A NIfTI file as (array [V, H, W] or [V, H, W, C], spacing (V, H, W) in mm). Raises DataError."""
+    """A NIfTI file as (array [V, H, W] or [V, H, W, C], spacing in mm). Raises DataError."""
     array, image = _load(path)
-    array = array.reshape(array.shape[:4]) if array.ndim > 4 and array.size == np.prod(array.shape[:4]) else array
-    if array.ndim not in (3, 4):
-        raise DataError(f"{path}: shape {array.shape} is not a 3D volume; remove it or split it")
-    to_lps, order, spacing = _turn(image, path)
-    return np.ascontiguousarray(apply_orientation(array, to_lps).transpose(*order, *range(3, array.ndim))), spacing
+    to_lps, order, _, spacing = _grid(image, path)
+    array = apply_orientation(array, to_lps)
+    array = array.transpose(*order, *range(3, array.ndim))
+    return np.ascontiguousarray(array), spacing
 
 
 def write_nifti(path, label, like):
-    """Write label [V, H, W] on the grid, and with the affine, of the NIfTI file `like`, so that it lies over the image."""
-    native = nib.load(like)
-    to_lps, order, _ = _turn(native, like)
+    """Write label [V, H, W] on the grid of the NIfTI file `like`, so that it lies over the image.
+
+    Both its affine and its spacing are taken: they need not agree (ACDC).
+    """
+    native = _open(like)
+    order = _grid(native, like)[1]
     back = ornt_transform(axcodes2ornt("LPS"), io_orientation(native.affine))
-    array = apply_orientation(label.transpose(np.argsort(order)), back).astype(np.uint8)   # [V,H,W] -> [X,Y,Z] -> file order
-    image = nib.Nifti1Image(array, native.affine)
+    array = apply_orientation(label.transpose(np.argsort(order)), back)
+    image = nib.Nifti1Image(array.astype(np.uint8), native.affine)
     image.set_sform(native.affine, int(native.header["sform_code"]) or 2)
     image.set_qform(native.affine, int(native.header["qform_code"]), strip_shears=True)
-    path = Path(path)
-    partial = path.with_name("partial-" + path.name)
+    image.header.set_zooms(native.header.get_zooms()[:3])
+    partial = Path(path).with_name("partial-" + Path(path).name)
     nib.save(image, partial)
     os.replace(partial, path)
 
 
-def read_label(case, cases):
-    """The truth of a case as classes: uint8 [V, H, W]. Raises DataError where it is missing or holds an unknown value."""
-    if cases.layout == "TransUNet npz":
-        raw, path = _read_npz(case)[1], case.image
-    elif case.label is None:
-        raise DataError(f"{case.image}: has no label, and one is needed here; add the label or leave the case out")
-    else:
-        raw, path = read_nifti(case.label)[0], case.label
-        raw = raw[..., 0] if raw.ndim == 4 and raw.shape[-1] == 1 else raw
-    raw, label = _whole(raw, path), np.full(raw.shape, 255, np.uint8)
-    for k, (lo, hi) in enumerate(cases.ranges):
-        label[(raw >= lo) & (raw <= hi)] = k
-    if (label == 255).any():
-        raise DataError(f"{path}: unknown label {int(raw[label == 255].min())}; known are "
-                        f"{', '.join(f'{lo} {name}' for name, (lo, _) in zip(cases.classes, cases.ranges))}")
-    return label
-
-
-def _read_npz(case):
+def _read_npz(files, key):
+    """The "image" or the "label" of npz files, one a slice: [V, H, W]."""
     slices = []
-    for file in case.files:
-        try:
-            with np.load(file) as content:
-                slices.append((content["image"].astype(np.float32), content["label"]))
-        except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
-            raise DataError(f"{file}: not an npz slice with image and label ({type(error).__name__}); remove it") from None
-        if slices[-1][0].shape != slices[0][0].shape or slices[-1][1].shape != slices[0][1].shape:
-            raise DataError(f"{file}: shape differs from {case.image.name}; remove the case or mend it")
-    return np.stack([s[0] for s in slices]), np.stack([s[1] for s in slices])
+    for file in files:
+        with _refusing(file, "npz slice with image and label"), np.load(file) as content:
+            slices.append(content[key])
+        if slices[-1].shape != slices[0].shape:
+            raise DataError(f"{file}: shape differs from {files[0].name}; mend or remove the case")
+    return np.stack(slices)
+
+
+def _read(files, key):
+    """The "image" or the "label" of a scan from its files: (array [V, H, W, C], spacing in mm)."""
+    if files[0].suffix == ".npz":
+        return _read_npz(files, key)[..., None], (1., 1., 1.)
+    channels = []
+    for file in files:
+        array, spacing = read_nifti(file)
+        channels.append(array if array.ndim == 4 else array[..., None])
+        if channels[-1].shape != channels[0].shape:
+            raise DataError(f"{file}: its channel files differ in shape; mend or remove the case")
+    return np.concatenate(channels, -1), spacing
+
+
+def read_label(case, cases):
+    """The truth of a case as classes: uint8 [V, H, W]. Raises DataError where there is none."""
+    if case.label is None:
+        raise DataError(f"{case.image}: has no label, and one is needed; add it or leave it out")
+    files = case.files if case.label in case.files else (case.label,)
+    raw = _whole(_read(files, "label")[0], case.label)       # [V, H, W, 1]
+    label = np.full(raw.shape, 255, np.uint8)
+    for k, (low, high) in enumerate(cases.ranges):
+        label[(raw >= low) & (raw <= high)] = k
+    if (label == 255).any():
+        known = [f"{low} {name}" for name, (low, _) in zip(cases.classes, cases.ranges)]
+        raise DataError(f"{case.label}: unknown label {raw[label == 255].min()}; "
+                        f"known are {', '.join(known)}")
+    return label[..., 0] if label.shape[-1] == 1 else label
 
 
 def read_image(files, cases):
-    """The image of one scan as (float32 [C, V, H, W] in the file's own units, spacing in mm), checked. Raises DataError."""
-    if cases.layout == "TransUNet npz":
-        image, spacing = _read_npz(Case("", "", files))[0][None], (1., 1., 1.)
-    else:
-        parts = [read_nifti(f) for f in files]
-        spacing = parts[0][1]
-        if any(p[0].shape != parts[0][0].shape for p in parts):
-            raise DataError(f"{files[0]}: its channel files differ in shape; mend them or remove the case")
-        image = np.concatenate([p[0] if p[0].ndim == 4 else p[0][..., None] for p in parts], -1)  # [V, H, W, C]
-        image = np.moveaxis(image, -1, 0).astype(np.float32)                                      # [C, V, H, W]
+    """The image of one scan as (float32 [C, V, H, W] in the file's own units, spacing in mm).
+
+    Checked: number of channels, finite, not constant. Raises DataError.
+    """
+    array, spacing = _read(files, "image")
+    image = np.moveaxis(array, -1, 0).astype(np.float32)     # [C, V, H, W]
     if len(image) != cases.channels:
-        raise DataError(f"{files[0]}: {len(image)} channels, the dataset has {cases.channels}; remove it or split it")
-    if not np.isfinite(image).all():
-        raise DataError(f"{files[0]}: {int((~np.isfinite(image)).sum())} voxels are NaN or infinite; replace them")
+        raise DataError(f"{files[0]}: {len(image)} channels, the dataset has {cases.channels}; "
+                        "remove it or split it")
+    bad = image.size - np.isfinite(image).sum()
+    if bad:
+        raise DataError(f"{files[0]}: {bad} voxels are NaN or infinite; replace them")
     if (image.min((1, 2, 3)) == image.max((1, 2, 3))).any():
-        raise DataError(f"{files[0]}: constant volume (every voxel {image.min():g}); remove the case")
+        raise DataError(f"{files[0]}: constant volume (every voxel {image.min():g}); remove it")
     return image, spacing
 
 
 def channel_files(file, channels):
-    """The files of one image: itself, or for several channels NAME_0000, NAME_0001, ... beside it (nnU-Net)."""
+    """The files of an image: itself, or if it is nnU-Net's NAME_0000, one for each channel."""
     file = Path(file)
     if channels == 1 or "_0000." not in file.name:
         return (file,)
-    return tuple(file.with_name(file.name.replace("_0000.", f"_{c:04d}.")) for c in range(channels))
+    names = [file.name.replace("_0000.", f"_{c:04d}.") for c in range(channels)]
+    return tuple(file.with_name(name) for name in names)
 
 
 def read_case(case, cases):
-    """A case as a `Volume`, checked: shapes agree, at least two slices, known labels. Raises DataError."""
+    """A case as a `Volume`: at least two slices, shapes that agree, known labels, or DataError."""
     image, spacing = read_image(case.files, cases)
-    if image.shape[1] < 2:
-        raise DataError(f"{case.image}: one slice only, so no neighbour and no position; remove the case")
-    label = read_label(case, cases) if case.label or cases.layout == "TransUNet npz" else None
-    if label is not None and label.shape != image.shape[1:]:
-        raise DataError(f"{case.label or case.image}: label shape {label.shape} differs from image shape {image.shape[1:]}; "
-                        "use the label that belongs to this image")
+    shape = image.shape[1:]
+    if shape[0] < 2:
+        raise DataError(f"{case.image}: one slice only, so no neighbour; remove the case")
+    label = read_label(case, cases) if case.label else None
+    if label is not None and label.shape != shape:
+        raise DataError(f"{case.label}: label shape {label.shape} differs from image shape "
+                        f"{shape}; use the label that belongs to this image")
     return Volume(image, label, spacing)
+
+
+def _extent(path):
+    """(shape, spacing in mm) of V, H, W, of a NIfTI file by its header alone."""
+    if path.suffix == ".npz":
+        return _read_npz([path], "image").shape, (1., 1., 1.)
+    return _grid(_open(path), path)[2:]
 
 
 def default_grid(cases):
     """(mm a pixel in plane, S pixels) that suit the data; reads headers only.
 
-    ACDC: 2 mm and 96, the heart in the middle of a far larger field of view. Otherwise a crop of 96 pixels (64 where slices are
-    smaller than that) that holds the median field of view, but no finer than the median pixel.
+    ACDC: 2 mm and 96, the heart in the middle of a far larger field of view. Otherwise a crop of 96
+    pixels (64 where slices are smaller than that) that holds the median field of view, but no finer
+    than the median pixel.
     """
     if cases.layout == "ACDC":
         return 2.0, 96
     spans, pixels = [], []
-    for case in cases[:: max(1, len(cases) // 50)]:
-        if cases.layout == "TransUNet npz":
-            shape, spacing = read_image(case.files[:1], cases)[0].shape[1:], (1., 1., 1.)
-        else:
-            image = _load(case.image, header_only=True)[1]
-            to_lps, order, spacing = _turn(image, case.image)
-            shape = [image.shape[list(to_lps[:, 0].astype(int)).index(a)] for a in order]    # V, H, W
+    for case in cases[::max(1, len(cases) // 50)]:
+        shape, spacing = _extent(case.image)
         spans.append(max(shape[1] * spacing[1], shape[2] * spacing[2]))
         pixels.append(min(spacing[1:]))
-    span, pixel = float(np.median(spans)), float(np.median(pixels))
+    span = float(np.median(spans))
+    pixel = float(np.median(pixels))
     size = 96 if span / pixel > 64 else 64
     return round(max(pixel, span / size), 2), size
 
 
+def _says_nothing(image):
+    """True where a nibabel image's orientation or spacing is what programs write for bare arrays.
+
+    No orientation at all; the identity of nibabel (sform alone) or of SimpleITK; spacing 1 1 1 on
+    at most 20 slices beside three times as many rows and columns.
+    """
+    codes = [int(image.header[key]) for key in ("sform_code", "qform_code")]
+    if codes == [0, 0]:
+        return True
+    if set(image.header.get_zooms()[:3]) != {1}:
+        return False
+    few, rows, _ = sorted(image.shape[:3])
+    if few <= 20 and rows >= 3 * few:
+        return True
+    if np.array_equal(image.affine, np.eye(4)):
+        return 0 in codes                                    # both set: meant so (MSD Hippocampus)
+    return np.array_equal(image.affine, np.diag([-1, -1, 1, 1]))
+
+
+def header_warnings(files):
+    """[] or one warning: the NIfTI files whose header says nothing. Reads headers only."""
+    names = []
+    for file in map(Path, files):
+        try:
+            if file.suffix != ".npz" and _says_nothing(_open(file)):
+                names.append(file.name)
+        except DataError:                                    # `read_case` says what is wrong
+            continue
+    return _count(names, "headers that do not say orientation or spacing (both are a guess, and a "
+                  "flipped scan is segmented wrongly without a word: look at them with data.py "
+                  "--montage and write the headers again)")
+
+
+def in_hounsfield(image):
+    """False for a CT image that cannot be in HU: nothing negative (8 bit), or a range below 100."""
+    low, high = image.min(), image.max()
+    return bool(low < 0 and high - low > 100)
+
+
+def hounsfield_warnings(names):
+    """[] or one warning: these CT cases are not `in_hounsfield`."""
+    return _count(names, "CT volumes not in HU (nothing negative, or a range below 100), so scaled "
+                  "by their 1 % and 99 % percentiles, not by the window [-125, 275]")
+
+
 def normalise(image, modality):
-    """Intensities of a volume to [0, 1], channel by channel: CT by the window [-125, 275] HU, else 1 % - 99 % percentiles."""
-    out = np.empty_like(image)                                             # [C, V, H, W]
+    """Intensities of a volume [C, V, H, W] to [0, 1], channel by channel.
+
+    CT by the window [-125, 275] HU; all else, and CT not `in_hounsfield`, by the 1 % and 99 %
+    percentiles.
+    """
+    out = np.empty_like(image)
     for c, x in enumerate(image):
-        lo, hi = {"CT": (-125, 275), "[0, 1]": (0, 1)}.get(modality) or np.percentile(x, (1, 99))
-        out[c] = np.clip((x - lo) / max(hi - lo, 1e-6 * abs(hi), 1e-30), 0, 1)
+        if modality == "[0, 1]":
+            low, high = 0, 1
+        elif modality == "CT" and in_hounsfield(x):
+            low, high = -125, 275
+        else:
+            low, high = np.percentile(x, (1, 99))
+        out[c] = np.clip((x - low) / max(high - low, 1e-6 * abs(high), 1e-30), 0, 1)
     return out
 
 
-# ------------------------------------------------------------------------------------------------ splits
+# ------------------------------------------------------------------------------------------- splits
 
-SSL4MIS_LABELLED = [99, 38, 50, 100, 58, 21, 49, 20, 72, 40]               # in this order
-SSL4MIS_VAL = [2, 19, 28, 30, 39, 45, 78, 82, 85, 87]
-SSL4MIS_TEST = [1, 7, 8, 11, 13, 22, 24, 33, 52, 59, 64, 65, 66, 68, 75, 80, 81, 83, 84, 93]
-SYNAPSE_TEST = ["case0001", "case0002", "case0003", "case0004", "case0008", "case0022", "case0025", "case0029",
-                "case0032", "case0035", "case0036", "case0038"]
+def _acdc_names(numbers):
+    return [f"patient{int(number):03d}" for number in numbers]
+
+
+ACDC_PATIENTS = _acdc_names(range(1, 101))
+SSL4MIS_LABELLED = _acdc_names("99 38 50 100 58 21 49 20 72 40".split())  # in this order
+SSL4MIS_VAL = _acdc_names("2 19 28 30 39 45 78 82 85 87".split())
+SSL4MIS_TEST = _acdc_names("1 7 8 11 13 22 24 33 52 59 64 65 66 68 75 80 81 83 84 93".split())
+SYNAPSE_TEST = ("case0001 case0002 case0003 case0004 case0008 case0022 case0025 case0029 "
+                "case0032 case0035 case0036 case0038").split()
 
 
 def split_patients(cases, seed=0):
-    """Patients into {"train", "val", "test", "labelled", "rule"}; `labelled` is `train` with labels, in the order of use.
+    """Patients into {"train", "val", "test", "labelled", "rule"}.
 
-    ACDC: SSL4MIS, 70 / 10 / 20, where its 100 patients are there. TransUNet npz: the published 12 test cases, where they
-    are there. Otherwise 70 / 10 / 20 % of the labelled patients, shuffled with `seed`; unlabelled ones go to train.
+    labelled: `train` with labels, in the order of use. ACDC: SSL4MIS, 70 / 10 / 20, where its 100
+    patients are there. Synapse: the published 12 test cases, where they are there. Otherwise
+    70 / 10 / 20 % of the labelled patients, shuffled with `seed`; unlabelled ones go to train.
     """
     patients = sorted({c.patient for c in cases})
-    has_label = {c.patient for c in cases if c.label or cases.layout == "TransUNet npz"}
-    acdc = lambda numbers: [f"patient{n:03d}" for n in numbers]
-    if cases.layout == "ACDC" and set(acdc(range(1, 101))) <= set(patients):
-        val, test, first = acdc(SSL4MIS_VAL), acdc(SSL4MIS_TEST), acdc(SSL4MIS_LABELLED)
-        train = [p for p in acdc(range(1, 101)) if p not in val + test]
-        labelled = first + [p for p in train if p not in first]
-        rule = "SSL4MIS, 70 / 10 / 20 patients"
+    labelled = {c.patient for c in cases if c.label}
+    if cases.layout == "ACDC" and set(ACDC_PATIENTS) <= set(patients):
+        patients = ACDC_PATIENTS
+        order = SSL4MIS_LABELLED + [p for p in patients if p not in SSL4MIS_LABELLED]
+        val, test, rule = SSL4MIS_VAL, SSL4MIS_TEST, "SSL4MIS, 70 / 10 / 20 patients"
     else:
-        known = [p for p in patients if p in has_label]
-        if len(known) < 3:
-            raise DataError(f"{cases.root}: {len(known)} patients with labels; 3 or more are needed to train, validate and test")
-        known = [known[i] for i in np.random.default_rng(seed).permutation(len(known))]
+        known = sorted(labelled)
+        n = len(known)
+        if n < 3:
+            raise DataError(f"{cases.root}: {n} patients with labels; 3 or more are needed")
+        order = [known[i] for i in np.random.default_rng(seed).permutation(n)]
         if set(SYNAPSE_TEST) <= set(patients):
-            test, rule = SYNAPSE_TEST, "Synapse, 18 / 12 cases of TransUNet, 2 of the 18 for validation"
-            val = [p for p in known if p not in test][:2]
+            test = SYNAPSE_TEST
+            val = [p for p in order if p not in test][:2]
+            rule = "Synapse, 18 / 12 cases of TransUNet, 2 of the 18 for validation"
         else:
-            n_test, n_val = max(1, round(.2 * len(known))), max(1, round(.1 * len(known)))
-            test, val, rule = known[:n_test], known[n_test:n_test + n_val], f"70 / 10 / 20 % of the patients, seed {seed}"
-        labelled = [p for p in known if p not in test + val]
-        train = sorted(labelled + [p for p in patients if p not in has_label])
-    if missing := [p for p in val + test if p not in has_label]:
-        raise DataError(f"{cases.root}: {missing[0]} is a validation or test patient and has no label; add its label")
+            n_test = max(1, round(.2 * n))
+            n_val = max(1, round(.1 * n))
+            test, val = order[:n_test], order[n_test:n_test + n_val]
+            rule = f"70 / 10 / 20 % of the patients, seed {seed}"
+    for patient in val + test:
+        if patient not in labelled:
+            raise DataError(f"{cases.root}: {patient} is a validation or test patient and has no "
+                            "label; add it")
+    train = [p for p in patients if p not in val + test]
     return {"train": train, "val": sorted(val), "test": sorted(test), "rule": rule,
-            "labelled": [p for p in labelled if p in has_label]}
+            "labelled": [p for p in order if p in train and p in labelled]}
 
 
-# ------------------------------------------------------------------------------------------------ the phantom
+# -------------------------------------------------------------------------------------- the phantom
 
 PHANTOM_VERSION = 1             # part of the cache's key: raise it when the pictures change
 
 
-def _smooth(rng, shape, cells):
-    """A smooth random field of the shape [H, W] in about [-1, 1]: random values on a cells x cells lattice, interpolated."""
-    weights = []
-    for n in shape:
-        at = np.linspace(0, cells - 1, n)
-        weights.append(np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells))))       # [n, cells] linear interpolation
-    return weights[0] @ rng.uniform(-1, 1, (cells, cells)) @ weights[1].T
+def _smooth(rng, size, cells):
+    """A smooth random field [size, size] in about [-1, 1]: a lattice of cells x cells values."""
+    at = np.linspace(0, cells - 1, size)
+    weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells)))   # [size, cells]
+    return weights @ rng.uniform(-1, 1, (cells, cells)) @ weights.T
 
 
 def _anatomy(rng):
     """The numbers that make one patient: sizes in mm, angles in radians, intensities in [0, 1]."""
     u, n = rng.uniform, rng.normal
-    blood, myo = u(.6, .9), u(.25, .42)
-    return dict(
-        length=u(70, 95), endo=u(19, 29), wall=u(7, 12), centre=(n(0, 7), n(0, 7)), tilt=(n(0, 5), n(0, 5)),
-        shape=[(u(0, .10), u(0, 2 * np.pi)), (u(0, .05), u(0, 2 * np.pi))], rv_angle=np.pi + .35 + n(0, .25),
-        rv_size=u(.85, 1.25), rv_end=u(.72, .93), squeeze=u(.6, .8), papillary=n(0, .3), blood=blood, myo=myo,
-        lung=u(.05, .15), fat=u(.6, .95), liver=myo + n(0, .06), rv_blood=blood + n(0, .05), chest=u(70, 85), bias=u(.1, .4),
-        noise=u(.02, .06), gamma=u(.75, 1.35), scale=10 ** u(1.8, 3.6), turn=n(0, .35),
-        blobs=[(u(-60, 60), u(-60, 60), u(5, 16), u(5, 16), rng.choice([blood, myo])) for _ in range(6)])
+    blood = u(.6, .9)
+    myo = u(.25, .42)
+    a = SimpleNamespace(
+        blood=blood, myo=myo,
+        # length from base to apex, radius of the left cavity
+        length=u(70, 95), endo=u(19, 29), wall=u(7, 12),
+        centre=(n(0, 7), n(0, 7)), tilt=(n(0, 5), n(0, 5)),
+        # waves of the contours: number in a turn, height, phase
+        waves=[(2, u(0, .10), u(0, 2 * np.pi)), (3, u(0, .05), u(0, 2 * np.pi))],
+        # the right ventricle: direction, size, height where it ends
+        rv_angle=np.pi + .35 + n(0, .25), rv_size=u(.85, 1.25), rv_end=u(.72, .93),
+        # radius of a cavity at ES / at ED
+        squeeze=u(.6, .8), papillary=n(0, .3),
+        lung=u(.05, .15), fat=u(.6, .95), liver=myo + n(0, .06), rv_blood=blood + n(0, .05),
+        chest=u(70, 85),
+        bias=u(.1, .4), noise=u(.02, .06), gamma=u(.75, 1.35), scale=10 ** u(1.8, 3.6),
+        turn=n(0, .35))
+    a.blobs = []                                             # vessels, bowel, muscle
+    for _ in range(6):
+        ellipse = u(-60, 60), u(-60, 60), u(5, 16), u(5, 16)
+        a.blobs.append((ellipse, rng.choice([blood, myo])))
+    return a
+
+
+def _chest(a, y, x):
+    """Intensity [H, W] of all but the heart, y and x in mm from the middle of the body."""
+    image = np.full(x.shape, a.lung)
+    radius = np.hypot(x / 1.15, y)
+    image[radius > a.chest - 16] = a.myo + .05               # chest wall
+    image[radius > a.chest] = a.fat
+    liver = (75, -35, 42, 55), a.liver                       # centre y, x and radius y, x in mm
+    stomach = (62, 45, 20, 24), a.rv_blood - .15
+    aorta = (28, 42, 10, 10), a.blood
+    for (cy, cx, ry, rx), value in (liver, stomach, aorta, *a.blobs):
+        image[np.hypot((y - cy) / ry, (x - cx) / rx) < 1] = value
+    return image
+
+
+def _profile(s, end):
+    """How wide a ventricle is at height s, in [0, 1]: full at the base (0), nothing at `end`."""
+    return np.sqrt(max(0., 1 - (max(s, 0.) / end) ** 2.2))
 
 
 def _phantom_plane(a, yx, s, es):
-    """One infinitely thin plane at height s (0 base, 1 apex; below 0 the atria): (intensity [H, W], label [H, W])."""
-    squeeze, wall = (a["squeeze"], a["wall"] * 1.35) if es else (1., a["wall"])
-    y, x = yx[0] - a["centre"][0] - a["tilt"][0] * s, yx[1] - a["centre"][1] - a["tilt"][1] * s
-    rho, theta = np.hypot(y, x), np.arctan2(y, x)
-    lobes = 1 + sum(c * np.cos((k + 2) * (theta - phase)) for k, (c, phase) in enumerate(a["shape"]))
-    profile = lambda end: np.sqrt(max(0., 1 - (max(s, 0.) / end) ** 2.2)) if s < end else 0.
-    endo = a["endo"] * squeeze * profile(.93) * lobes
-    epi = (a["endo"] * squeeze + wall) * profile(1.) * lobes
+    """One infinitely thin plane at height s (0 base, 1 apex; below 0 the atria), yx in mm:
+    (intensity [H, W], label [H, W])."""
+    squeeze = a.squeeze if es else 1.
+    wall = a.wall * 1.35 if es else a.wall
+    y = yx[0] - a.centre[0] - a.tilt[0] * s
+    x = yx[1] - a.centre[1] - a.tilt[1] * s
+    rho = np.hypot(y, x)
+    theta = np.arctan2(y, x)
+    # the left ventricle: radius of its cavity, and with its wall, in every direction
+    waves = 1 + sum(height * np.cos(k * (theta - phase)) for k, height, phase in a.waves)
+    endo = a.endo * squeeze * _profile(s, .93) * waves
+    epi = (a.endo * squeeze + wall) * _profile(s, 1.) * waves
     # the right ventricle: an ellipse beside the left one, less what the left one covers
-    along = np.cos(a["rv_angle"]) * x + np.sin(a["rv_angle"]) * y - .95 * a["endo"]
-    across = -np.sin(a["rv_angle"]) * x + np.cos(a["rv_angle"]) * y
-    size = (a["endo"] + 5) * a["rv_size"] * (1 if not es else .5 + .5 * squeeze) * profile(a["rv_end"])
-    ellipse = np.hypot(along / .95, across / 1.15)
-    image = np.full(x.shape, a["lung"])
-    body_y, body_x = yx
-    out = np.hypot(body_x / 1.15, body_y)
-    image[out > a["chest"] - 16] = a["myo"] + .05                                       # chest wall
-    image[out > a["chest"]] = a["fat"]
-    image[np.hypot((body_x + 35) / 55, (body_y - 75) / 42) < 1] = a["liver"]
-    image[np.hypot((body_x - 45) / 24, (body_y - 62) / 20) < 1] = a["rv_blood"] - .15   # stomach
-    image[np.hypot(body_x - 42, body_y - 28) < 10] = a["blood"]                          # descending aorta
-    for cy, cx, ry, rx, value in a["blobs"]:                                             # vessels, bowel, muscle
-        image[np.hypot((body_y - cy) / ry, (body_x - cx) / rx) < 1] = value
-    image[(rho < epi + 4) & (np.sin(theta * 2 + a["papillary"]) > .2) & (s < 1)] = a["fat"]   # epicardial fat
+    cos, sin = np.cos(a.rv_angle), np.sin(a.rv_angle)
+    along = cos * x + sin * y - .95 * a.endo
+    across = -sin * x + cos * y
+    rv = np.hypot(along / .95, across / 1.15)
+    size = (a.endo + 5) * a.rv_size * (.5 + .5 * squeeze) * _profile(s, a.rv_end)
+    image = _chest(a, *yx)
+    if s < 1:
+        fat = np.sin(theta * 2 + a.papillary) > .2
+        image[fat & (rho < epi + 4)] = a.fat                 # epicardial
+    image[rv < size + 2.5 * (size > 0)] = a.myo              # its thin wall bears no label
     label = np.zeros(x.shape, np.uint8)
-    image[ellipse < size + 2.5 * (size > 0)] = a["myo"]                                 # its thin wall bears no label
-    image[ellipse < size], label[ellipse < size] = a["rv_blood"], 1
-    image[rho < epi], label[rho < epi] = a["myo"], 2
-    image[rho < endo], label[rho < endo] = a["blood"], 3
-    if .15 < s < .75:                                                                   # papillary muscles belong to LV
-        for angle in (.6, 2.3):
-            p = angle + a["papillary"]
-            image[np.hypot(x - .55 * np.cos(p) * a["endo"] * squeeze, y - .55 * np.sin(p) * a["endo"] * squeeze) < 4] = a["myo"]
+    parts = (rv < size, a.rv_blood), (rho < epi, a.myo), (rho < endo, a.blood)
+    for k, (mask, value) in enumerate(parts, 1):
+        image[mask] = value
+        label[mask] = k
+    if .15 < s < .75:
+        for angle in (.6 + a.papillary, 2.3 + a.papillary):  # papillary muscles belong to LV
+            py = .55 * np.sin(angle) * a.endo * squeeze
+            px = .55 * np.cos(angle) * a.endo * squeeze
+            image[np.hypot(x - px, y - py) < 4] = a.myo
     if s < 0:
-        label[:] = 0                                                                    # above the valves: not labelled
+        label[:] = 0                                         # above the valves: not labelled
     return image, label
 
 
 def phantom_volume(rng, a, es, spacing=(9., 1.6, 1.6), size=112):
-    """A short-axis stack of patient `a` (from `_anatomy`): (image int16 [V, H, W], label uint8 [V, H, W])."""
-    n = int(np.ceil(a["length"] * (.88 if es else 1) / spacing[0])) + 1
+    """A short-axis stack of the patient `a` of `_anatomy`: (image int16, label uint8) [V, H, W]."""
+    length = a.length * (.88 if es else 1)
     start = rng.uniform(-.12, .02)
-    axis = (np.arange(size) - (size - 1) / 2)
+    axis = np.arange(size) - (size - 1) / 2
+    cos, sin = np.cos(a.turn), np.sin(a.turn)
     images, labels = [], []
-    for v in range(n):
-        shift = rng.normal(0, 1.5, 2)                                      # breath-holds differ: slices are misaligned
-        y, x = np.meshgrid(axis * spacing[1] + shift[0], axis * spacing[2] + shift[1], indexing="ij")   # mm, [H, W]
-        yx = np.cos(a["turn"]) * y - np.sin(a["turn"]) * x, np.sin(a["turn"]) * y + np.cos(a["turn"]) * x
-        planes = [_phantom_plane(a, yx, start + (v + o) * spacing[0] / a["length"], es) for o in (-.35, 0, .35)]
-        image = np.mean([p[0] for p in planes], 0)                         # a thick slice is a mean over its planes
-        image += .05 * _smooth(rng, image.shape, 24) * (image > .2)         # texture of the tissue
-        image = sum(w * np.roll(image, k, 0) for k, w in ((-1, .25), (0, .5), (1, .25)))
-        image = sum(w * np.roll(image, k, 1) for k, w in ((-1, .25), (0, .5), (1, .25)))
-        images.append(image), labels.append(planes[1][1])
-    field = np.exp(a["bias"] * _smooth(rng, (size, size), 3))              # [H, W]
-    image = np.clip(np.stack(images), 0, None) ** a["gamma"] * field       # [V, H, W]
-    image = np.hypot(image + rng.normal(0, a["noise"], image.shape), rng.normal(0, a["noise"], image.shape))   # Rician
-    return np.round(image * a["scale"]).astype(np.int16), np.stack(labels)
+    for v in range(math.ceil(length / spacing[0]) + 1):
+        # breath-holds differ, so slices are misaligned
+        down, right = rng.normal(0, 1.5, 2)
+        y, x = np.meshgrid(axis * spacing[1] + down, axis * spacing[2] + right, indexing="ij")
+        yx = cos * y - sin * x, sin * y + cos * x            # mm, each [H, W]
+        # a thick slice is the mean of its planes
+        heights = [start + (v + o) * spacing[0] / a.length for o in (-.35, 0, .35)]
+        planes = [_phantom_plane(a, yx, s, es) for s in heights]
+        image = np.mean([p[0] for p in planes], 0)
+        # texture of the tissue, and a blur along rows and columns
+        image += .05 * _smooth(rng, size, 24) * (image > .2)
+        for way in (0, 1):
+            beside = np.roll(image, -1, way), np.roll(image, 1, way)
+            image = .25 * beside[0] + .5 * image + .25 * beside[1]
+        images.append(image)
+        labels.append(planes[1][1])
+    field = np.exp(a.bias * _smooth(rng, size, 3))           # [H, W]
+    image = np.clip(np.stack(images), 0, None) ** a.gamma * field         # [V, H, W]
+    real = image + rng.normal(0, a.noise, image.shape)
+    imaginary = rng.normal(0, a.noise, image.shape)
+    image = np.hypot(real, imaginary)                        # Rician noise
+    return np.round(image * a.scale).astype(np.int16), np.stack(labels)
+
+
+def _write_phantom(folder, patients, seed):
+    """Write images, labels and dataset.json into the new folder."""
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    training = []
+    for p in range(patients):
+        rng = np.random.default_rng([seed, p])
+        anatomy = _anatomy(rng)
+        thick = rng.choice([8., 9., 10.])
+        pixel = rng.uniform(1.45, 1.75)
+        affine = np.diag([-pixel, -pixel, thick, 1.])        # LPS: x and y of RAS run backwards
+        for phase in ("ED", "ES"):
+            name = f"phantom{p + 1:03d}_{phase}.nii.gz"
+            files = {"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"}
+            arrays = phantom_volume(rng, anatomy, phase == "ES", (thick, pixel, pixel))
+            for file, array in zip(files.values(), arrays):
+                nib.save(nib.Nifti1Image(array.transpose(2, 1, 0), affine), folder / file)
+            training.append(files)
+    info = {"name": "phantom", "description": "short-axis cardiac MRI made by data.py",
+            "modality": {"0": "MRI"}, "labels": {str(k): name for k, name in enumerate(ACDC)},
+            "numTraining": len(training), "training": training}
+    (folder / "dataset.json").write_text(json.dumps(info, indent=1))
 
 
 def make_phantom(out, patients=40, seed=0):
-    """Write the phantom to the folder `out` in the MSD layout, ED and ES of each patient; returns `out`. Raises DataError.
+    """Write the phantom to the folder `out` in the MSD layout, ED and ES of each patient.
 
-    Geometry only, nothing learned: no constant was chosen by the result of a method. Axes of the files: LPS, as ACDC's.
+    Geometry only, nothing learned: no constant was chosen by the result of a method. Axes of the
+    files: LPS, as ACDC's. Returns `out`. Raises DataError.
     """
     out = Path(out)
-    partial = out.with_name(out.name + f".partial-{os.getpid()}")
     if out.exists():
         raise DataError(f"{out}: exists already; give a new folder or remove it")
+    partial = out.with_name(out.name + f".partial-{os.getpid()}")
     try:
-        for folder in ("imagesTr", "labelsTr"):
-            (partial / folder).mkdir(parents=True)
-        names = []
-        for p in range(patients):
-            rng = np.random.default_rng([seed, p])
-            anatomy, spacing = _anatomy(rng), (rng.choice([8., 9., 10.]), *[rng.uniform(1.45, 1.75)] * 2)
-            for phase in ("ED", "ES"):
-                arrays = phantom_volume(rng, anatomy, phase == "ES", spacing)
-                names.append(f"phantom{p + 1:03d}_{phase}")
-                affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.])            # LPS: x and y of RAS run backwards
-                for folder, array in zip(("imagesTr", "labelsTr"), arrays):
-                    nib.save(nib.Nifti1Image(array.transpose(2, 1, 0), affine), partial / folder / f"{names[-1]}.nii.gz")
-        (partial / "dataset.json").write_text(json.dumps({
-            "name": "phantom", "description": "short-axis cardiac MRI made by data.py", "modality": {"0": "MRI"},
-            "labels": {str(k): n for k, n in enumerate(ACDC)}, "numTraining": len(names),
-            "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]}, indent=1))
+        _write_phantom(partial, patients, seed)
         os.replace(partial, out)
     except OSError as error:
-        raise DataError(f"{out}: cannot write the phantom ({error.strerror}); free space or give another folder") from None
+        raise DataError(f"{out}: cannot write the phantom ({error.strerror}); "
+                        "free space or give another folder") from None
     return out
 
 
-# ------------------------------------------------------------------------------------------------ command
+# ------------------------------------------------------------------------------------------ command
 
 def audit(cases):
-    """Read every case; returns (rows of text, problems, Counter of voxels per class, volumes for a montage)."""
-    rows, problems, voxels, some = [], list(cases.warnings), Counter(), []
+    """Read every case and print a line of it. Returns (problems, voxels of each class, slices).
+
+    slices: (name, image [H, W], label [H, W] or None) of the middle of up to 24 volumes.
+    """
+    problems = cases.warnings + header_warnings(c.image for c in cases)
+    voxels = np.zeros(len(cases.classes), int)
+    slices, not_hu = [], []
     for case in cases:
         try:
             volume = read_case(case, cases)
         except DataError as error:
             problems.append(str(error))
             continue
-        counts = {} if volume.label is None else dict(zip(*np.unique(volume.label, return_counts=True)))
-        voxels.update({int(k): int(n) for k, n in counts.items()})
-        rows.append(f"{case.name:28} {case.patient:20} {'x'.join(map(str, volume.image.shape[1:])):>13}  "
-                    f"{' x '.join(f'{s:.2f}' for s in volume.spacing):>20} mm  {sorted(map(int, counts)) or 'no label'}")
-        if len(some) < 24:
-            mid = volume.image.shape[1] // 2
-            some.append((case.name, normalise(volume.image[:1], cases.modality)[0, mid],
-                         None if volume.label is None else volume.label[mid]))
-    return rows, problems, voxels, some
-
-
-def draw_montage(some, path, n_classes):
-    """One slice of each case with its labels, to `path`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    columns = min(6, len(some))
-    figure, axes = plt.subplots(-(-len(some) // columns), columns, figsize=(2 * columns, 2.2 * -(-len(some) // columns)),
-                                squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (name, image, label) in zip(axes.flat, some):
-        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-        axis.set_title(name, fontsize=6)
+        image, label = volume.image, volume.label
+        counts = np.zeros_like(voxels)
         if label is not None:
-            axis.imshow(np.ma.masked_equal(label, 0), cmap="viridis", alpha=.45, vmin=1, vmax=max(2, n_classes - 1),
-                        interpolation="nearest")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+            counts = np.bincount(label.ravel(), minlength=len(voxels))
+        voxels += counts
+        mid = image.shape[1] // 2
+        print(f"{case.name:28} {case.patient:20} {'%dx%dx%d' % image.shape[1:]:>13}  "
+              f"{'%.2f x %.2f x %.2f' % volume.spacing:>20} mm  "
+              f"{np.flatnonzero(counts).tolist() or 'no label'}")
+        if cases.modality == "CT" and not all(in_hounsfield(x) for x in image):
+            not_hu.append(case.name)
+        if len(slices) < 24:
+            grey = normalise(image[:1], cases.modality)
+            slices.append((case.name, grey[0, mid], None if label is None else label[mid]))
+    return problems + hounsfield_warnings(not_hu), voxels, slices
+
+
+def draw_montage(slices, path, n_classes):
+    """The slices of `audit`, with their labels over them, to the picture `path`."""
+    from matplotlib.figure import Figure                     # here: a second to import
+    columns = min(6, len(slices))
+    rows = math.ceil(len(slices) / columns)
+    figure = Figure(figsize=(2 * columns, 2.2 * rows), layout="tight")
+    for n, (name, image, label) in enumerate(slices, 1):
+        axis = figure.add_subplot(rows, columns, n)
+        axis.axis("off")
+        axis.set_title(name, fontsize=6)
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+        if label is not None:
+            axis.imshow(np.ma.masked_equal(label, 0), cmap="viridis", alpha=.45, vmin=1,
+                        vmax=max(2, n_classes - 1), interpolation="nearest")
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:                   # no such folder, no such format
+        raise DataError(f"{path}: cannot be drawn ({error}); give another --montage") from None
 
 
 def main():
-    if len(sys.argv) == 3 and sys.argv[1] == "phantom":
-        return print(f"phantom written to {make_phantom(sys.argv[2])}")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if sys.argv[1:2] == ["phantom"] and len(sys.argv) == 3:
+        print(f"phantom written to {make_phantom(sys.argv[2])}")
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="folder of a dataset; or: phantom OUT")
     parser.add_argument("--montage", metavar="PNG", help="draw one slice of up to 24 cases")
     options = parser.parse_args()
     cases = find_cases(options.path)
-    rows, problems, voxels, some = audit(cases)
-    print(f"{cases.root}: {cases.layout} layout, {len(cases)} cases of {len({c.patient for c in cases})} patients, "
-          f"{cases.channels} channel(s), modality {cases.modality}")
-    print("\n".join(rows))
-    total = sum(voxels.values())
+    print(f"{cases.root}: {cases.layout} layout, {len(cases)} cases of "
+          f"{len({c.patient for c in cases})} patients, {cases.channels} channel(s), "
+          f"modality {cases.modality}")
+    problems, voxels, slices = audit(cases)
+    shares = 100 * voxels / max(1, voxels.sum())
     for k, name in enumerate(cases.classes):
-        print(f"class {k} {name:26} raw {cases.ranges[k][0]}-{cases.ranges[k][1]:<4} "
-              f"{voxels[k]:>12} voxels {100 * voxels[k] / max(total, 1):6.2f} %")
-    if groups := Counter(c.group for c in cases if c.group):
-        print("groups (cases): " + ", ".join(f"{g} {n}" for g, n in sorted(groups.items())))
-    print(f"{len(problems)} problems" + "".join(f"\n  {p}" for p in problems))
-    if options.montage and some:
-        draw_montage(some, options.montage, len(cases.classes))
+        low, high = cases.ranges[k]
+        print(f"class {k} {name:26} raw {low}-{high:<4} {voxels[k]:>12} voxels {shares[k]:6.2f} %")
+    groups = [c.group for c in cases if c.group]
+    if groups:
+        counts = [f"{group} {groups.count(group)}" for group in sorted(set(groups))]
+        print(f"groups (cases): {', '.join(counts)}")
+    print("\n  ".join([f"{len(problems)} problems", *problems]))
+    if options.montage and slices:
+        draw_montage(slices, options.montage, len(cases.classes))
         print(f"montage drawn to {options.montage}")
 
 
@@ -614,4 +841,5 @@ if __name__ == "__main__":
     try:
         main()
     except DataError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

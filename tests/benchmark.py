@@ -1,21 +1,32 @@
-"""Speed, run by hand: python tests/benchmark.py [--data PATH]. Prints tables; ratios within one run are what counts.
+"""Speed, run by hand: python tests/benchmark.py [--chapters 1 3] [--data PATH] [OPTIONS]
 
-1. Slices a second of pre-training, and the share of a step outside forward, backward and optimiser (aim: at most 10 %).
-2. Time and memory of WLA, forward and backward, against r: the paper's (hw)^2 / r^2.
-3. Pix2Rep: the share of a step spent on loss and warp (aim: at most 25 %), time and memory of InfoNCE against n, and of Barlow
-   Twins against the number of pixels.
-4. MACL: the dense loss as one batched product against the same loss as a loop over pixels (aim: at least 20 times faster) and its
-   memory; the share of a step outside forward, losses, backward and optimiser (aim: at most 10 %).
-5. CCT-R: where a step goes; the class-balanced contrast by sums over classes against a loop over pixels; registering volumes in
-   a batch against one by one.
-6. The start: preparing a dataset, and opening the prepared one.
+Prints tables; ratios within one run are what counts. OPTIONS are those of the scripts, such as
+--precision bfloat16. Chapters, each of which runs by itself:
+
+1. SAL: slices a second of pre-training, and where a step goes (aim: at most 10 % to sample, read
+   and augment).
+2. SAL: time and memory of WLA, forward and backward, against r: the paper's (hw)^2 / r^2.
+3. Pix2Rep: where a step of pre-training goes with either loss (aim: at most 25 % to loss and warp
+   of the maps); time and memory of the losses against the number of pixels.
+4. MACL: the dense loss as one batched product against the same loss as a loop over pixels (aim: at
+   least 20 times faster); where a step of pre-training goes.
+5. CCT-R: where a step of training goes, and without REPS and contrast; the class-balanced contrast
+   by sums over classes against a loop over pixels; registering volumes in a batch against one by
+   one.
+6. The start: preparing the slices of a dataset, and opening the prepared ones.
 """
-import argparse, sys, tempfile, time
+import argparse
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +37,31 @@ import macl
 import pix2rep
 import sal
 
+WARM_UP = 3                                                        # steps that are not counted
+
+
+class Setup(NamedTuple):
+    """What all chapters share."""
+    words: list                                                    # options for the scripts
+    folder: Path                                                   # removed in the end
+    device: torch.device
+    steps: int                                                     # of a training loop, to time
+    repeats: int                                                   # of a loss: the best one counts
+
+
+def opened(setup, script, *words):
+    """The `Run` of a script, as its main opens it, in a folder of its own."""
+    out = tempfile.mkdtemp(dir=setup.folder)
+    here = ["--cache", str(setup.folder / "cache"), "--out", out + "/o"]
+    options = [*setup.words, *here, *words]
+    run = common.Run(common.parse_options(script.METHOD, "", script.OPTIONS, options))
+    script.check(run)
+    run.begin()
+    return run
+
+
+# ----------------------------------------------------------------------------------------- clocks
+
 
 def clock(device):
     """The time in seconds, once the device has finished what it was given."""
@@ -34,295 +70,414 @@ def clock(device):
     return time.perf_counter()
 
 
-def seconds_by_part(one_step, parts, device, steps=20):
-    """Mean seconds of a step in each part, {name: seconds}, after three steps to warm up.
+def seconds_in_loop(setup, run, train, functions, rest="forward, losses"):
+    """Mean seconds of a step of the loop in train() in each part, {part: seconds}.
 
-    one_step(mark) does a step and calls `mark()` at the end of every part; a name that stands in `parts` twice gets both.
+    functions: [(module or class, name of its function, part)], timed wherever they are called;
+    rest: what remains of a step, less backward pass and optimiser, which are timed as well. The
+    steps are the last of the training, when every term of a loss counts.
+    """
+    spent = {}
+
+    def timed(function, part):
+        def with_clock(*arguments, **options):
+            begin = clock(run.device)
+            result = function(*arguments, **options)
+            spent[part] = spent.get(part, 0) + clock(run.device) - begin
+            return result
+        return with_clock
+
+    def steps(phase, total, modules, optimiser):
+        optimiser.step = timed(optimiser.step, "optimiser")
+        for n in range(-WARM_UP, setup.steps):
+            if n == 0:
+                spent.clear()
+                begin = clock(run.device)
+            yield total - setup.steps + n
+        whole = clock(run.device) - begin
+        spent[rest] = whole - sum(spent.values())
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(run, "steps", steps))
+        for owner, name, part in [*functions, (torch.Tensor, "backward", "backward")]:
+            function = timed(getattr(owner, name), part)
+            patches.enter_context(mock.patch.object(owner, name, function))
+        train()
+    return {part: seconds / setup.steps for part, seconds in spent.items()}
+
+
+def seconds_by_mark(setup, one_step, parts):
+    """Mean seconds of a step in each part, {name: seconds}.
+
+    one_step(mark) does a step and calls mark() at the end of every part; a name that stands in
+    `parts` twice gets both.
     """
     spent = dict.fromkeys(parts, 0.)
-    for step in range(steps + 3):
-        marks = [clock(device)]
-        one_step(lambda: marks.append(clock(device)))
-        if step >= 3:
-            for part, seconds in zip(parts, np.diff(marks), strict=True):
-                spent[part] += seconds / steps
+    for n in range(-WARM_UP, setup.steps):
+        marks = [clock(setup.device)]
+
+        def mark():
+            marks.append(clock(setup.device))
+
+        one_step(mark)
+        if n >= 0:
+            for part, begin, end in zip(parts, marks[:-1], marks[1:], strict=True):
+                spent[part] += (end - begin) / setup.steps
     return spent
 
 
 def print_parts(spent):
     """A line a part: milliseconds, and the share of the step."""
+    whole = sum(spent.values())
     for part, seconds in spent.items():
-        print(f"  {part:30} {1000 * seconds:7.1f} ms  {100 * seconds / sum(spent.values()):5.1f} %")
+        print(f"  {part:30} {1000 * seconds:7.1f} ms  {100 * seconds / whole:5.1f} %")
 
 
-def sal_shares(o, dataset, device):
-    """Seconds a step in each part of SAL's pre-training: the lines of `sal.pretrain`, each part timed."""
-    unet = common.UNet(1, 2, o.width).to(device, memory_format=torch.channels_last)
-    heads = sal.Heads(unet.encoder.widths, o.level).to(device)
-    optimiser = torch.optim.AdamW([*unet.encoder.parameters(), *heads.parameters()], 1e-3)
-    numbers = np.arange(len(dataset.volume))
-
-    def one_step(mark):
-        views, pick = sal.pair_batch(dataset, numbers, o, device)
-        mark()
-        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            x, z = heads(unet.encoder(views))
-        L_GP = sal.global_positional_loss(z, torch.from_numpy(dataset.position[pick]), o.threshold, o.temperature)
-        loss = L_GP + sal.local_alignment_loss(*x.chunk(2), o.windows) + sal.uniformity_loss(x, dataset.volume[pick])
-        mark()
-        optimiser.zero_grad()
-        loss.backward()
-        mark()
-        optimiser.step()
-        mark()
-    return seconds_by_part(one_step, ["sample, read, augment", "forward, losses", "backward", "optimiser"], device)
-
-
-def wla_cost(r, device, size=48, channels=64, batch=4):
-    """(seconds, MB) of WLA forward and backward on maps [batch, channels, size, size]; MB counts the similarity matrices."""
-    x = torch.randn(2, batch, channels, size, size, device=device, requires_grad=True)
+def seconds_and_megabytes(setup, loss_of):
+    """The best time of loss_of().backward(), and the MB its forward keeps for the backward pass."""
     times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        sal.local_alignment_loss(*x.unbind(0), r).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return min(times), batch * size ** 4 / r ** 2 * 4 / 1e6
-
-
-def pix2rep_shares(o, dataset, device):
-    """Seconds a step in each part of Pix2Rep's pre-training. The backward pass is cut at the maps of the trunk."""
-    f, g = pix2rep.Backbone(1, o).to(device, memory_format=torch.channels_last), pix2rep.projector(o).to(device)
-    parameters = [p for p in (*f.parameters(), *g.parameters()) if p is not f.unet.head.weight and p is not f.unet.head.bias]
-    optimiser = torch.optim.AdamW(parameters, 1e-3)
-    numbers = np.arange(len(dataset.volume))
-
-    def one_step(mark):
-        views, grid, valid = pix2rep.view_batch(dataset, numbers, o, device)
-        mark()
-        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            maps = f.trunk(views).float()
-        mark()
-        cut = maps.detach().requires_grad_()
-        pairs = torch.cat(pix2rep.pixel_pairs(*cut.chunk(2), grid, valid, o.pixels if o.loss == "infonce" else None))
-        mark()
-        leaf = pairs.detach().requires_grad_()
-        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            z = g(f.widen(leaf)).float()
-        mark()
-        z_leaf = z.detach().requires_grad_()
-        z_a, z_b = z_leaf.chunk(2)
-        nce = o.loss == "infonce"
-        loss = pix2rep.info_nce_loss(z_a, z_b, o.temperature) if nce else pix2rep.barlow_twins_loss(z_a, z_b, o.lam)
-        mark()
-        optimiser.zero_grad()
-        loss.backward()
-        mark()
-        z.backward(z_leaf.grad)
-        mark()
-        pairs.backward(leaf.grad)
-        mark()
-        maps.backward(cut.grad)
-        mark()
-        optimiser.step()
-        mark()
-    return seconds_by_part(one_step, [
-        "read, augment, move the images", "U-Net forward", "phi on the maps: choose pixels", "widen, project", "loss",
-        "backward of phi and loss", "backward of widen, project", "backward of phi and loss", "backward of the U-Net", "optimiser"],
-        device)
-
-
-def saved_megabytes(function):
-    """(seconds, MB): the best time of `function`().backward(), and the memory its forward pass keeps for the backward pass."""
-    times = []
-    for _ in range(8):
+    for _ in range(setup.repeats):
         held = {}
+
         def keep(x):
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            storage = x.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
             return x
-        begin = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = function()
+
+        def give_back(x):
+            return x
+
+        begin = clock(setup.device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
+            loss = loss_of()
         loss.backward()
-        times.append(time.perf_counter() - begin)
+        times.append(clock(setup.device) - begin)
     return min(times), sum(held.values()) / 1e6
 
 
-def pix2rep_tables(arguments, root, cases, dataset, device):
-    """Print where a step of Pix2Rep goes, for both losses, and each loss's cost against the number of pixels."""
-    for loss in ("infonce", "barlow"):
-        real = ["--data", str(root)] if arguments.data else []
-        o = pix2rep.parse_options(["--precision", arguments.precision, "--loss", loss, *real])
-        pix2rep.resolve(o, cases)
-        spent = pix2rep_shares(o, dataset, device)
-        total = sum(spent.values())
-        ours = sum(spent[k] for k in ("phi on the maps: choose pixels", "loss", "backward of phi and loss"))
-        print(f"\nPix2Rep, {loss}, {o.pretrain_batch} slices of {o.size}x{o.size}, two views each, width {o.width}, D {o.dim}, "
-              f"d {o.projection}, {o.precision}: {o.pretrain_batch / total:.0f} slices a second; loss and warp of the maps "
-              f"{100 * ours / total:.1f} % of a step")
-        print_parts(spent)
-    for name, loss, sizes in (("InfoNCE", lambda z: pix2rep.info_nce_loss(*z, .1), (250, 500, 1000, 2000, 4000)),
-                              ("Barlow Twins", lambda z: pix2rep.barlow_twins_loss(*z, 5e-3), (1000, 4000, 16000, 64000))):
-        print(f"\n{name}, forward and backward, d = 64 (memory: what the forward pass keeps for the backward pass)\n"
-              " pixels   seconds     memory   a matrix of 2n x 2n")
-        for n in sizes:
-            z = torch.randn(2, n, 64, device=device, requires_grad=True)
-            seconds, megabytes = saved_megabytes(lambda: loss(z))
-            print(f"{n:7} {seconds:9.4f} {megabytes:7.1f} MB {4 * (2 * n) ** 2 / 1e6:12.0f} MB")
+# ------------------------------------------------------------------------------------ 1 and 2: SAL
 
 
-def dense_loss_by_loop(z_a, z_b, position, threshold, temperature):
-    """L_d as a loop over pixels, each of them one L_g, as the authors' code computes it."""
-    h, w = z_a.shape[2:]
-    pixels = [macl.global_contrastive_loss(z_a[:, :, y, x], z_b[:, :, y, x], position, threshold, temperature)
-              for y in range(h) for x in range(w)]
-    return torch.stack(pixels).mean()
+def sal_chapter(setup):
+    """Where a step of SAL's pre-training goes."""
+    run = opened(setup, sal)
+    o = run.o
 
+    def train():
+        sal.pretrain(run)
 
-def macl_shares(o, dataset, device):
-    """Seconds a step in each part of MACL's pre-training: the lines of `macl.pretrain`, each part timed."""
-    unet = common.UNet(1, 2, o.width).to(device, memory_format=torch.channels_last)
-    heads = macl.Heads(unet.encoder.widths, o.decoder_blocks, o.eq7).to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW([*unet.encoder.parameters(), *unet.decoder.parameters(), *heads.parameters()], 1e-3)
-    numbers = np.arange(len(dataset.volume))
-
-    def one_step(mark):
-        views, pick = macl.view_batch(dataset, numbers, o, device)
-        mark()
-        with torch.autocast(device.type, o.dtype, enabled=o.dtype != torch.float32):
-            pair = macl.branches(unet, heads, views, o)
-        mark()
-        position = torch.from_numpy(dataset.position[pick])
-        loss = (o.lambda1 * macl.global_contrastive_loss(*pair["g"], position, o.threshold, o.temperature)
-                + o.lambda2 * macl.dense_contrastive_loss(*pair["l"], position, o.threshold, o.temperature)
-                + o.lambda3 * macl.equivariant_loss(*pair["y"]))
-        mark()
-        optimiser.zero_grad()
-        loss.backward()
-        mark()
-        optimiser.step()
-        mark()
-    return seconds_by_part(one_step, ["sample, read, augment", "forward", "losses", "backward", "optimiser"], device)
-
-
-def macl_tables(arguments, root, cases, device, cache):
-    """Print the dense loss against its loop at the paper's size, and where a step of MACL goes."""
-    z = [torch.randn(16, 128, 32, 32, device=device, requires_grad=True) for _ in range(2)]
-    position = torch.rand(16)
-    print("\nL_d, forward and backward, batch 16, 32 x 32 positions, 128 channels\n              seconds     memory   times faster")
-    loop = saved_megabytes(lambda: dense_loss_by_loop(*z, position, .35, .1))
-    once = saved_megabytes(lambda: macl.dense_contrastive_loss(*z, position, .35, .1))
-    for name, (seconds, megabytes) in (("loop", loop), ("batched", once)):
-        print(f"{name:10} {seconds:10.4f} {megabytes:7.1f} MB {loop[0] / seconds:12.1f}")
-    o = macl.parse_options(["--precision", arguments.precision] + (["--data", str(root)] if arguments.data else []))
-    macl.resolve(o, cases)
-    spent = macl_shares(o, common.prepare(cases, o.spacing, o.pretrain_size, cache), device)
-    total = sum(spent.values())
-    print(f"\nMACL, {o.pretrain_batch} slices of {o.pretrain_size}x{o.pretrain_size}, {o.precision}: {o.pretrain_batch / total:.0f} "
-          "slices a second")
+    spent = seconds_in_loop(setup, run, train, [(sal, "pair_batch", "sample, read, augment")])
+    a_second = 2 * o.pairs / sum(spent.values())
+    print(f"\nSAL, {2 * o.pairs} views of {o.size}x{o.size}, width {o.width}, {o.precision}: "
+          f"{a_second:.0f} slices a second")
     print_parts(spent)
 
 
-def balanced_loss_by_loop(z, y, temperature):
-    """The class-balanced contrast of groups [G, n, d] as a loop over pixels, straight from its formula."""
+def wla_chapter(setup, pairs=4, channels=64, size=48):
+    """The cost of WLA against r; MB: the similarity matrices, computed."""
+    print(f"\nWLA, forward and backward, {pairs} pairs of {channels} x {size} x {size} maps\n"
+          "  r   seconds   of r = 1   similarity matrices   of r = 1")
+    shape = (2, pairs, channels, size, size)
+    x = torch.randn(shape, device=setup.device, requires_grad=True)
+    first = {}
+    for r in (1, 2, 3, 4, 6, 8, 12):
+        def loss():
+            return sal.local_alignment_loss(*x.unbind(0), r)
+
+        seconds, _ = seconds_and_megabytes(setup, loss)
+        megabytes = 4 * pairs * size ** 4 / r ** 2 / 1e6
+        first = first or {"seconds": seconds, "megabytes": megabytes}
+        print(f"{r:3} {seconds:9.4f} {seconds / first['seconds']:10.3f} "
+              f"{megabytes:17.1f} MB {megabytes / first['megabytes']:10.4f}")
+
+
+# -------------------------------------------------------------------------------------- 3: Pix2Rep
+
+PIX2REP_PARTS = ["read, augment, move the images", "U-Net forward", "phi on the maps",
+                 "widen, project", "loss", "loss, backward", "widen, project, backward",
+                 "phi on the maps, backward", "U-Net backward", "optimiser"]
+LOSS_AND_WARP = ["phi on the maps", "loss", "loss, backward", "phi on the maps, backward"]
+
+
+def cut(x):
+    """A copy of x at which the backward pass stops."""
+    return x.detach().requires_grad_()
+
+
+def pix2rep_loss(o, z_a, z_b):
+    """The loss that the options name."""
+    if o.loss == "infonce":
+        return pix2rep.info_nce_loss(z_a, z_b, o.temperature)
+    return pix2rep.barlow_twins_loss(z_a, z_b, o.lam)
+
+
+def pix2rep_step(run, nets, optimiser, mark):
+    """A step of `pix2rep.pretrain`, with its backward pass cut between the parts of PIX2REP_PARTS.
+
+    nets: (f, g).
+    """
+    o = run.o
+    f, g = nets
+    n = o.pixels if o.loss == "infonce" else None
+    views, grid, valid = pix2rep.view_batch(run)                   # [2B, C, S, S] and phi
+    mark()
+    with run.autocast():
+        maps = f.trunk(views).float()                              # [2B, width, S, S]
+    mark()
+    maps_cut = cut(maps)
+    with run.autocast():
+        pairs = pix2rep.pixel_pairs(*maps_cut.chunk(2), grid, valid, n)
+        pairs = torch.cat(pairs)                                   # [2n, width]
+    mark()
+    pairs_cut = cut(pairs)
+    with run.autocast():
+        z = g(f.widen(pairs_cut))                                  # [2n, d]
+    mark()
+    z_cut = cut(z)
+    loss = pix2rep_loss(o, *z_cut.chunk(2))
+    mark()
+    optimiser.zero_grad()
+    loss.backward()
+    mark()
+    z.backward(z_cut.grad)
+    mark()
+    pairs.backward(pairs_cut.grad)
+    mark()
+    maps.backward(maps_cut.grad)
+    mark()
+    optimiser.step()
+    mark()
+
+
+def pix2rep_parts(setup, loss):
+    """Where a step of Pix2Rep's pre-training goes with this loss."""
+    run = opened(setup, pix2rep, "--loss", loss)
+    o = run.o
+    f = run.place(pix2rep.load_backbone(run))
+    g = pix2rep.projector(o).to(run.device)
+    parameters = [*f.unet.encoder.parameters(), *f.unet.decoder.parameters(),
+                  *f.widen.parameters(), *g.parameters()]
+    optimiser = torch.optim.AdamW(parameters, 1e-3)
+
+    def one_step(mark):
+        pix2rep_step(run, (f, g), optimiser, mark)
+
+    spent = seconds_by_mark(setup, one_step, PIX2REP_PARTS)
+    whole = sum(spent.values())
+    share = sum(spent[part] for part in LOSS_AND_WARP) / whole
+    print(f"\nPix2Rep, {loss}, {o.pretrain_batch} slices of {o.size}x{o.size}, two views each, "
+          f"width {o.width}, D {o.dim}, d {o.projection}, {o.precision}: "
+          f"{o.pretrain_batch / whole:.0f} slices a second; loss and warp of the maps "
+          f"{100 * share:.1f} % of a step")
+    print_parts(spent)
+
+
+def info_nce(z):
+    """InfoNCE of the two views in z."""
+    return pix2rep.info_nce_loss(*z, .1)
+
+
+def barlow_twins(z):
+    """Barlow Twins of the two views in z."""
+    return pix2rep.barlow_twins_loss(*z, 5e-3)
+
+
+def pix2rep_chapter(setup):
+    """Where a step goes with either loss, and each loss's cost against the number of pixels."""
+    for loss in ("infonce", "barlow"):
+        pix2rep_parts(setup, loss)
+    for title, loss_of, sizes in (("InfoNCE", info_nce, (250, 500, 1000, 2000, 4000)),
+                                  ("Barlow Twins", barlow_twins, (1000, 4000, 16000, 64000))):
+        print(f"\n{title}, forward and backward, d = 64 (MB: kept for the backward pass)\n"
+              " pixels   seconds     memory   a matrix of 2n x 2n")
+        for n in sizes:
+            z = torch.randn(2, n, 64, device=setup.device, requires_grad=True)
+
+            def loss():
+                return loss_of(z)
+
+            seconds, megabytes = seconds_and_megabytes(setup, loss)
+            matrix = 4 * (2 * n) ** 2 / 1e6
+            print(f"{n:7} {seconds:9.4f} {megabytes:7.1f} MB {matrix:12.0f} MB")
+
+
+# ----------------------------------------------------------------------------------------- 4: MACL
+
+
+def dense_loss_by_loop(z_a, z_b, position):
+    """L_d as a loop over pixels, each of them one L_g, as the authors' code computes it."""
+    h, w = z_a.shape[2:]
+    of_pixel = []
+    for y in range(h):
+        for x in range(w):
+            a = z_a[:, :, y, x]
+            b = z_b[:, :, y, x]
+            of_pixel.append(macl.global_contrastive_loss(a, b, position, .35, .1))
+    return torch.stack(of_pixel).mean()
+
+
+def macl_chapter(setup):
+    """The dense loss against its loop at the paper's size, and where a step of MACL goes."""
+    z = torch.randn(2, 16, 128, 32, 32, device=setup.device, requires_grad=True)
+    position = torch.rand(16)
+
+    def loop():
+        return dense_loss_by_loop(*z, position)
+
+    def batched():
+        return macl.dense_contrastive_loss(*z, position, .35, .1)
+
+    print("\nL_d, forward and backward, batch 16, 32 x 32 positions, 128 channels\n"
+          "              seconds     memory   times faster")
+    slow, much = seconds_and_megabytes(setup, loop)
+    print(f"loop       {slow:10.4f} {much:7.1f} MB")
+    seconds, megabytes = seconds_and_megabytes(setup, batched)
+    print(f"batched    {seconds:10.4f} {megabytes:7.1f} MB {slow / seconds:12.1f}")
+    run = opened(setup, macl)
+    o = run.o
+    large = common.prepare(run.cases, o.spacing, o.pretrain_size, o.cache)
+
+    def train():
+        macl.pretrain(run, large)
+
+    parts = [(common, "random_slices", "sample, read, augment"),
+             (common.SliceDataset, "image", "sample, read, augment"),
+             (macl, "four_views", "sample, read, augment"),
+             (macl, "global_contrastive_loss", "losses"),
+             (macl, "dense_contrastive_loss", "losses"),
+             (macl, "equivariant_loss", "losses")]
+    spent = seconds_in_loop(setup, run, train, parts, rest="forward")
+    a_second = o.pretrain_batch / sum(spent.values())
+    print(f"\nMACL, {o.pretrain_batch} slices of {o.pretrain_size}x{o.pretrain_size}, width "
+          f"{o.width}, {o.precision}: {a_second:.0f} slices a second")
+    print_parts(spent)
+
+
+# ---------------------------------------------------------------------------------------- 5: CCT-R
+
+
+def contrast_by_loop(z, y, temperature):
+    """`cct_r.balanced_contrastive_loss` of groups [G, n, d] as a loop over pixels."""
     L = []
     for group, labels in zip(F.normalize(z, dim=-1), y):
-        same = labels[:, None] == labels
-        N = same.sum(0)                                                    # [n]: pixels of each one's class
+        same = labels[:, None] == labels                           # [n, n]
+        N = same.sum(0)                                            # [n]: pixels of each one's class
         for i in range(len(group)):
-            others = torch.arange(len(group)) != i
-            sim, own = group[others] @ group[i] / temperature, same[i][others]
-            log_sum = (sim.exp() / (N[others] - own.float())).sum().log()
-            L.append((log_sum - sim[own]).mean())
+            others = torch.arange(len(group), device=z.device) != i
+            own = same[i][others]                                  # [n - 1]
+            sim = group[others] @ group[i] / temperature
+            weight = N[others] - own.float()
+            log_total = (sim.exp() / weight).sum().log()
+            L.append((log_total - sim[own]).mean())
     return torch.stack(L).mean()
 
 
-def cct_shares(o, dataset, students, device):
-    """Seconds a step in each part of CCT-R's training: the lines of `cct_r.train`, on made-up warped labels and places."""
-    banks = torch.nn.ModuleList(cct_r.MemoryBank(o.bank, o.projection) for _ in range(2)).to(device)
-    optimiser = torch.optim.AdamW(students.parameters(), 1e-3)
-    N, S, numbers = len(dataset.volume), o.size, np.arange(len(dataset.volume))
-    warped, places = torch.randint(4, (N, S, S)), 30 * torch.randn(N, 3, S, S)
-
-    def one_step(mark):
-        labelled = cct_r.draw_batch(dataset, numbers, o.batch // 4, None, places, o, device)
-        rest = cct_r.draw_batch(dataset, numbers, o.batch // 4, warped, places, o, device)
-        mark()
-        L, weight = cct_r.terms(students, banks, labelled, rest, o.steps - 1, o)
-        mark()
-        optimiser.zero_grad()
-        sum(weight[k] * L[k] for k in L).backward()
-        mark()
-        optimiser.step()
-        mark()
-    return seconds_by_part(one_step, ["sample, read, augment", "networks and losses, forward", "backward", "optimiser"], device)
-
-
-def cct_tables(arguments, root, cases, device, cache):
-    """Print where a step of CCT-R goes, and what its loops would cost."""
-    o = cct_r.parse_options(["--precision", arguments.precision] + (["--data", str(root)] if arguments.data else []))
-    cct_r.resolve(o, cases)
-    dataset = common.prepare(cases, o.spacing, o.size, cache)
-    students = cct_r.Students(dataset.info["channels"], 4, o).to(device, memory_format=torch.channels_last)
-    every = cct_shares(o, dataset, students, device)
-    print(f"\nCCT-R, two networks, {o.batch // 4} + {o.batch // 4} slices of {o.size}x{o.size}, {o.precision}: "
-          f"{1000 * sum(every.values()):.0f} ms a step")
-    print_parts(every)
-    for part in ("no_reps", "no_contrast"):                                # one more off each time
-        setattr(o, part, True)
-        less = sum(cct_shares(o, dataset, students, device).values())
-        print(f"  --{part.replace('_', '-'):26} {1000 * less:7.1f} ms  {100 * less / sum(every.values()):5.1f} %")
+def print_contrast(setup, o):
+    """The class-balanced contrast by sums over classes against the loop."""
     n = 2 * (o.batch // 2) * (o.block // 2) ** 2
-    z, y = torch.randn(o.groups, n, o.projection, device=device, requires_grad=True), torch.randint(4, (o.groups, n), device=device)
-    loop, once = (saved_megabytes(lambda: f(z, y, .1)) for f in (balanced_loss_by_loop, cct_r.balanced_contrastive_loss))
-    print(f"contrast of {o.groups} groups of {n} pixels, forward and backward: loop {loop[0]:.3f} s, {loop[1]:.0f} MB; by classes "
-          f"{once[0]:.4f} s, {once[1]:.0f} MB; {loop[0] / once[0]:.0f} times faster")
-    shape, step = cct_r.registration_grid(dataset)
-    frame = cct_r.Frame(dataset, 0, shape, step, 4)
-    grid = lambda v: cct_r.on_grid(cct_r.stack(dataset, v), cct_r.voxels(dataset, v)[1], cct_r.points(shape, step))
-    moving, seconds = torch.cat([grid(v) for v in range(1, 9)]), {}
-    for size in (8, 1):
-        begin = clock(device)
+    shape = (o.groups, n, o.projection)
+    z = torch.randn(shape, device=setup.device, requires_grad=True)
+    y = torch.randint(4, (o.groups, n), device=setup.device)
+
+    def loop():
+        return contrast_by_loop(z, y, .1)
+
+    def by_classes():
+        return cct_r.balanced_contrastive_loss(z, y, .1)
+
+    slow, much = seconds_and_megabytes(setup, loop)
+    seconds, megabytes = seconds_and_megabytes(setup, by_classes)
+    print(f"contrast of {o.groups} groups of {n} pixels, forward and backward: loop {slow:.3f} s, "
+          f"{much:.0f} MB; by classes {seconds:.4f} s, {megabytes:.0f} MB; "
+          f"{slow / seconds:.0f} times faster")
+
+
+def print_registration(run):
+    """Registering volumes to one in a batch against one by one."""
+    shape, step = cct_r.registration_grid(run.dataset)
+    grid = cct_r.points(shape, step)
+    labelled = [n for n, case in enumerate(run.cases) if case.label]
+    frame = cct_r.Frame(run, labelled[0])
+    volumes = [cct_r.on_grid(run.dataset, n, grid) for n in labelled[1:9]]
+    moving = torch.cat(volumes)                                    # [8, 2, Z, Y, X]
+    seconds = []
+    for size in (1, len(moving)):
+        begin = time.perf_counter()
         for some in moving.split(size):
-            cct_r.register_batch(frame, some, step, o.stiffness)
-        seconds[size] = clock(device) - begin
-    print(f"registration of 8 volumes to one, both ways: one by one {seconds[1]:.1f} s, as a batch {seconds[8]:.1f} s")
+            cct_r.register_batch(frame, some, step, run.o.stiffness)
+        seconds.append(time.perf_counter() - begin)
+    print(f"registration of {len(moving)} volumes to one, both ways: one by one {seconds[0]:.1f} "
+          f"s, as a batch {seconds[1]:.1f} s")
+
+
+def cct_r_chapter(setup):
+    """Where a step of CCT-R goes, on made-up warped labels and places; and its loops' cost."""
+    run = opened(setup, cct_r, "--no-peek")
+    o = run.o
+    N = len(run.dataset.volume)
+    registered = SimpleNamespace(warped=torch.randint(4, (N, o.size, o.size)),
+                                 places=30 * torch.randn(N, 3, o.size, o.size))
+    parts = [(cct_r, "draw_batch", "sample, read, augment")]
+
+    def train():
+        row = common.Row("cct_r", 1, 0)
+        cct_r.train(run, row, run.split["labelled"][:1], registered)
+
+    spent = seconds_in_loop(setup, run, train, parts)
+    whole = sum(spent.values())
+    print(f"\nCCT-R, two networks, {o.batch // 4} + {o.batch // 4} slices of {o.size}x{o.size}, "
+          f"width {o.width}, {o.precision}: {1000 * whole:.0f} ms a step")
+    print_parts(spent)
+    for part in ("no_reps", "no_contrast"):                        # one more off each time
+        setattr(o, part, True)
+        less = sum(seconds_in_loop(setup, run, train, parts).values())
+        flag = "--" + part.replace("_", "-")
+        print(f"  {flag:30} {1000 * less:7.1f} ms  {100 * less / whole:5.1f} %")
+    print_contrast(setup, o)
+    print_registration(run)
+
+
+# ------------------------------------------------------------------------------------ 6: the start
+
+
+def start_chapter(setup):
+    """Finding and preparing a dataset, and opening the prepared slices."""
+    run = opened(setup, sal)
+    o = run.o
+    cache = tempfile.mkdtemp(dir=setup.folder)
+    times = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        cases = data.find_cases(run.root)
+        dataset = common.prepare(cases, o.spacing, o.size, cache)
+        times.append(time.perf_counter() - begin)
+    print(f"\nstart on {len(cases)} volumes: first {times[0]:.2f} s, then {times[1]:.2f} s (ratio "
+          f"{times[0] / times[1]:.0f}); {dataset.images.nbytes / 1e6:.0f} MB of images, "
+          "memory-mapped")
+
+
+CHAPTERS = {1: sal_chapter, 2: wla_chapter, 3: pix2rep_chapter, 4: macl_chapter, 5: cct_r_chapter,
+            6: start_chapter}
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chapters", type=int, nargs="+", choices=CHAPTERS, default=[*CHAPTERS],
+                        metavar="N", help="1 to 6 (default: all)")
     parser.add_argument("--data", help="a dataset (default: the phantom)")
-    parser.add_argument("--precision", default="float32")
-    parser.add_argument("--device", default="auto")
-    arguments = parser.parse_args()
-    device = common.pick_device(arguments.device)
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--timed-steps", type=int, default=20, help="of a training loop")
+    parser.add_argument("--repeats", type=int, default=8, help="of a loss: the best one counts")
+    o, words = parser.parse_known_args()                           # the rest is for the scripts
+    device = common.pick_device(o.device)
+    words += ["--device", o.device]
+    words += ["--data", o.data] if o.data else []
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(arguments.data) if arguments.data else data.make_phantom(Path(folder) / "phantom")
-        o = sal.parse_options(["--precision", arguments.precision] + (["--data", str(root)] if arguments.data else []))
-        times = []
-        for _ in range(2):
-            begin = time.perf_counter()
-            cases = data.find_cases(root)
-            sal.resolve(o, cases)
-            dataset = common.prepare(cases, o.spacing, o.size, Path(folder) / "cache")
-            times.append(time.perf_counter() - begin)
-        print(f"start on {len(cases)} volumes: first {times[0]:.2f} s, then {times[1]:.2f} s (ratio {times[0] / times[1]:.0f}); "
-              f"cache {dataset.images.nbytes / 1e6:.0f} MB, memory-mapped\n")
-        spent = sal_shares(o, dataset, device)
-        total = sum(spent.values())
-        print(f"pre-training, {2 * o.pairs} views of {o.size}x{o.size}, width {o.width}, {o.precision}, {device}, "
-              f"{torch.get_num_threads()} threads: {2 * o.pairs / total:.0f} slices a second")
-        print_parts(spent)
-        print("\nWLA, forward and backward, 4 pairs of 64x48x48\n  r   seconds   of r = 1   similarity matrices   of r = 1")
-        base = wla_cost(1, device)
-        for r in (1, 2, 3, 4, 6, 8, 12):
-            seconds, megabytes = wla_cost(r, device)
-            print(f"{r:3} {seconds:9.4f} {seconds / base[0]:10.3f} {megabytes:17.1f} MB {megabytes / base[1]:10.4f}")
-        pix2rep_tables(arguments, root, cases, dataset, device)
-        macl_tables(arguments, root, cases, device, Path(folder) / "cache")
-        cct_tables(arguments, root, cases, device, Path(folder) / "cache")
+        setup = Setup(words, Path(folder), device, o.timed_steps, o.repeats)
+        for n in o.chapters:
+            CHAPTERS[n](setup)
 
 
 if __name__ == "__main__":
-    main()
+    common.run_main(main)

@@ -1,5 +1,8 @@
-"""Small things every test file uses: the repository on the path, one thread, a tiny phantom, a script run as a user runs it."""
-import os, subprocess, sys
+"""What every test file uses: the path, a tiny phantom, tiny runs of the four scripts."""
+import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -10,45 +13,67 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
-# a whole run in seconds: 6 tiny networks would take minutes otherwise
-TINY = ["--size", "32", "--spacing", "5", "--width", "4", "--pretrain-steps", "6", "--pairs", "4", "--steps", "4",
-        "--batch", "4", "--labelled", "1", "--windows", "2", "--save-every", "2"]
-TINY_PIX2REP = ["--size", "32", "--spacing", "5", "--width", "4", "--dim", "8", "--projection", "8", "--pixels", "64",
-                "--pretrain-steps", "6", "--pretrain-batch", "4", "--steps", "4", "--probe-steps", "4", "--batch", "4",
-                "--labelled", "1", "--save-every", "2"]
+SCRIPTS = ["sal", "pix2rep", "macl", "cct_r"]
 
-TINY_MACL = ["--size", "32", "--spacing", "5", "--width", "4", "--pretrain-size", "64", "--pretrain-steps", "6", "--pretrain-batch", "4",
-             "--steps", "4", "--batch", "4", "--labelled", "1", "--save-every", "2"]
+# A whole run in seconds. `options("sal")` is the list of words for the command line.
+EVERY = "--size 32 --spacing 5 --width 4 --steps 24 --lr 1e-2 --labelled 1 --seeds 0 --save-every 4"
+TINY = {
+    "sal": "--batch 4 --pretrain-steps 6 --pairs 4 --windows 2",
+    "pix2rep": "--batch 4 --pretrain-steps 6 --pretrain-batch 4 --probe-steps 4 --dim 8 "
+               "--projection 8 --pixels 64",
+    "macl": "--batch 4 --pretrain-steps 6 --pretrain-batch 4 --pretrain-size 64",
+    "cct_r": "--batch 8 --swin-dim 12 --window 4 --projection 8 --block 8 --groups 4 --bank 64 "
+             "--anchors 16 --peek-every 2",
+}
+# networks this small are slower on two threads; and numbers repeat for one number of threads
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-TINY_CCT_R = ["--size", "32", "--spacing", "5", "--width", "4", "--swin-dim", "12", "--window", "4", "--steps", "4", "--batch", "8", "--labelled",
-              "1", "--save-every", "2", "--projection", "8", "--block", "8", "--groups", "4", "--bank", "64", "--anchors", "16",
-              "--peek-every", "2"]
+
+def options(script):
+    """The words of a tiny run of this script; later ones win."""
+    return EVERY.split() + TINY[script].split()
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}                         # tiny networks; numbers repeat for one thread count
+def command(script, *arguments):
+    """The command line of a script as a user types it."""
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
 
 
 def run(script, *arguments, cwd=ROOT, **kwargs):
     """Run a script in a new process; returns what subprocess does, with text output."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True, timeout=300, stderr=subprocess.PIPE,
-                          stdout=subprocess.PIPE, env=ONE_THREAD, **kwargs)
+    return subprocess.run(command(script, *arguments), cwd=cwd, text=True, timeout=300,
+                          env=ONE_THREAD, capture_output=True, **kwargs)
+
+
+def started(script, *arguments):
+    """The `Run` of a script in this process, ready to train: (its module, the run)."""
+    import common
+    module = importlib.import_module(script)
+    words = options(script) + [str(a) for a in arguments]
+    run = common.Run(common.parse_options(script, "", module.OPTIONS, words))
+    module.check(run)
+    run.begin()
+    return module, run
 
 
 def refused(done, *words):
     """Assert that a run ended with exit code 2 and one clear line that holds these words."""
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     last = [line for line in done.stderr.splitlines() if line.strip()][-1]
-    assert last.startswith("error: ") and all(w in last for w in words), last
+    assert last.startswith("error: ")
+    for word in words:
+        assert word in last
 
 
 def save(path, array, spacing=(1., 1., 1.), codes="LPS"):
-    """A NIfTI file of `array` in file order whose axes point along `codes`, with `spacing` in mm along them."""
+    """A NIfTI file of `array`, in file order: axes along `codes`, `spacing` in mm along them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ornt = nib.orientations.axcodes2ornt(codes)
     affine = np.zeros((4, 4))
-    for axis, (target, flip) in enumerate(ornt):
+    for axis, (target, flip) in enumerate(nib.orientations.axcodes2ornt(codes)):
         affine[int(target), axis] = flip * spacing[axis]
-    affine[:3, 3], affine[3, 3] = (5, -7, 11), 1
+    affine[:3, 3] = (5, -7, 11)
+    affine[3, 3] = 1
     nib.save(nib.Nifti1Image(array, affine), path)
     return path
 
@@ -65,3 +90,22 @@ def phantom(tmp_path_factory):
     """A phantom of 6 patients (12 volumes) as an MSD folder."""
     from data import make_phantom
     return make_phantom(tmp_path_factory.mktemp("data") / "phantom", patients=6)
+
+
+@pytest.fixture(scope="session")
+def finished(phantom, tmp_path_factory):
+    """finished(script) -> (its folder, the work folder with the cache, what it printed).
+
+    One tiny run of each script, made once.
+    """
+    work = tmp_path_factory.mktemp("work")
+    made = {}
+
+    def of(script):
+        if script not in made:
+            done = run(script, "--data", phantom, *options(script), "--labelled", 1, 2,
+                       "--seeds", 0, 1, "--out", script, cwd=work)
+            assert done.returncode == 0, done.stderr
+            made[script] = done.stdout
+        return work / script, work, made[script]
+    return of

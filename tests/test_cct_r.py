@@ -1,109 +1,162 @@
-"""CCT-R: registration against analytic transforms, the Swin-UNet, every loss against float64 loops, the bank, the script itself."""
-import csv, json, math, signal, subprocess, sys, time
+"""CCT-R: registration against analytic transforms, the Swin-UNet, every loss against float64 loops,
+the memory bank, what trains, what is read of held-back labels, and what the script writes."""
+import argparse
+import copy
+import csv
+import json
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ONE_THREAD, ROOT, SHARED, TINY_CCT_R as TINY, refused, run
+from conftest import options, refused, run, started
 
 import cct_r
 import common
-import data
-from cct_r import MemoryBank, SwinUNet, balanced_contrastive_loss, cycle_error, register_affine, register_deformable, sample
+from cct_r import (MemoryBank, Stack, SwinUNet, balanced_contrastive_loss, cycle_error,
+                   register_affine, register_deformable, sample)
 
-CPU, STEP = torch.device("cpu"), (6., 4., 4.)
+STEP = (6., 4., 4.)
 
 
 def scene(p, seed=3):
     """A smooth scene of 40 blobs at the places p [..., 3] in mm."""
-    g, value = torch.Generator().manual_seed(seed), 0.
+    g = torch.Generator().manual_seed(seed)
+    value = 0.
     for _ in range(40):
-        middle, width = (torch.rand(3, generator=g) - .5) * torch.tensor([100., 130., 130.]), 8 + 8 * torch.rand(1, generator=g)
-        value = value + torch.rand(1, generator=g) * torch.exp(-(p - middle).square().sum(-1) / (2 * width ** 2))
+        middle = (torch.rand(3, generator=g) - .5) * torch.tensor([100., 130., 130.])
+        width = 8 + 8 * torch.rand(1, generator=g)
+        height = torch.rand(1, generator=g)
+        far = (p - middle).square().sum(-1)
+        value = value + height * torch.exp(-far / (2 * width ** 2))
     return value
 
 
-# ------------------------------------------------------------------------------------------------ registration
+def with_mask(x):
+    """An image [1, 1, Z, Y, X] and the mask of a scan that is all there: [1, 2, Z, Y, X]."""
+    return torch.cat([x, torch.ones_like(x)], 1)
+
+
+# ----------------------------------------------------------------------------------- registration
 
 
 @pytest.mark.parametrize("step", [(6., 4., 4.), (10., 2.5, 4.)])
 def test_points_and_sample(step):
-    """Places are mm about the centre; sampling a volume at its own voxels gives it back, on any spacing; outside is 0."""
+    """Places are mm about the centre; sampling a volume at its own voxels gives it back."""
     p = cct_r.points((4, 5, 7), step)
-    assert p.shape == (4, 5, 7, 3) and p.mean((0, 1, 2)).abs().max() < 1e-5
-    assert torch.allclose(p[1, 1, 1] - p[0, 0, 0], torch.tensor(step)) and torch.allclose(p[2, 2, 3], torch.tensor([.5, 0, 0]) * torch.tensor(step))
+    assert p.shape == (4, 5, 7, 3)
+    assert p.mean((0, 1, 2)).abs().max() < 1e-5
+    assert torch.allclose(p[1, 1, 1] - p[0, 0, 0], torch.tensor(step))
+    assert torch.allclose(p[2, 2, 3], torch.tensor([.5 * step[0], 0, 0]))
     x = torch.rand(2, 3, 4, 5, 7)
-    assert torch.allclose(sample(x, p.expand(2, 4, 5, 7, 3), step), x, atol=1e-5)
-    assert sample(x, p.expand(2, 4, 5, 7, 3) + 1000, step).abs().max() == 0
-    ramp = (p * torch.tensor([1., 2., 3.])).sum(-1)[None, None]                                          # linear in mm
+    both = p.expand(2, 4, 5, 7, 3)
+    assert torch.allclose(sample(x, both, step), x, atol=1e-5)
+    assert sample(x, both + 1000, step).abs().max() == 0           # outside
+    ramp = (p * torch.tensor([1., 2., 3.])).sum(-1)[None, None]    # linear in mm
     q = torch.tensor([[1., -2., 3.]])
     assert sample(ramp, q[None], step).item() == pytest.approx(1 - 4 + 9, abs=1e-4)
 
 
 @pytest.mark.parametrize("step", [(6., 4., 4.), (8., 3., 5.)])
 def test_a_known_affine_is_recovered(step):
-    A = torch.eye(3, 4)[None] + torch.tensor([[[.05, 0, 0, 5.], [0, .08, -.1, -9.], [0, .1, -.05, 7.]]])
-    p, big = cct_r.points((16, 32, 32), step), cct_r.points((26, 52, 52), step)
+    change = torch.tensor([[.05, 0, 0, 5.], [0, .08, -.1, -9.], [0, .1, -.05, 7.]])
+    A = (torch.eye(3, 4) + change)[None]
+    p = cct_r.points((16, 32, 32), step)
+    big = cct_r.points((26, 52, 52), step)
     fixed = scene(p)[None, None]
-    moving = scene((big - A[0, :, 3]) @ torch.linalg.inv(A[0, :, :3]).T)[None, None]                     # moving(A x + b) = fixed(x)
-    got, similarity = register_affine(fixed, torch.ones_like(fixed), p, torch.cat([moving, torch.ones_like(moving)], 1), step)
-    error = (cct_r.move(got, p) - cct_r.move(A, p))[0] / torch.tensor(step)
-    assert similarity > .9 and error.abs().mean() < .5 and error.abs().max() < 1                         # voxels
+    back = (big - A[0, :, 3]) @ torch.linalg.inv(A[0, :, :3]).T
+    moving = with_mask(scene(back)[None, None])                    # moving(A x + b) = fixed(x)
+    got, similarity = register_affine(fixed, torch.ones_like(fixed), p, moving, step)
+    error = (cct_r.move(got, p) - cct_r.move(A, p))[0] / torch.tensor(step)      # voxels
+    assert similarity > .9
+    assert error.abs().mean() < .5
+    assert error.abs().max() < 1
 
 
 def test_affine_maps_one_after_another_and_back():
     torch.manual_seed(0)
-    A, B, p = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 4, 5, 6, 3)
-    assert torch.allclose(cct_r.move(cct_r.after_another(A, B), p), cct_r.move(A, cct_r.move(B, p)), atol=1e-4)
+    A = torch.randn(2, 3, 4)
+    B = torch.randn(2, 3, 4)
+    p = torch.randn(2, 4, 5, 6, 3)
+    both = cct_r.move(cct_r.after_another(A, B), p)
+    assert torch.allclose(both, cct_r.move(A, cct_r.move(B, p)), atol=1e-4)
     assert torch.allclose(cct_r.move(cct_r.inverse(A), cct_r.move(A, p)), p, atol=1e-3)
 
 
 def test_a_known_smooth_field_is_recovered():
     p = cct_r.points((16, 32, 32), STEP)
-    d = 8 * torch.stack([0 * p[..., 0], torch.sin(p[..., 2] / 30), torch.cos(p[..., 1] / 30)])[None]     # [1, 3, Z, Y, X] mm
-    moving, fixed = scene(p)[None, None], scene(p + d[0].movedim(0, -1))[None, None]                     # moving(x + d) = fixed(x)
-    u = register_deformable(fixed, moving, torch.ones_like(fixed), STEP)
-    error = (F.interpolate(u, p.shape[:3], mode="trilinear") - d).norm(dim=1)
-    assert error.mean() < .45 * d.norm(dim=1).mean() and error.mean() < 4                                # below a voxel
-    before, after = (cct_r.local_correlation(fixed, x, torch.ones_like(fixed)) for x in (
-        moving, sample(moving, p + F.interpolate(u, p.shape[:3], mode="trilinear").movedim(1, -1), STEP)))
-    assert after > .9 > before and cct_r.folded(u, p.shape[:3], STEP) == 0
+    z, y, x = p.unbind(-1)
+    d = 8 * torch.stack([0 * z, torch.sin(x / 30), torch.cos(y / 30)])[None]     # [1, 3, Z, Y, X]
+    moving = scene(p)[None, None]
+    fixed = scene(p + d[0].movedim(0, -1))[None, None]             # moving(x + d) = fixed(x)
+    weight = torch.ones_like(fixed)
+    u = register_deformable(fixed, moving, weight, STEP)
+    found = F.interpolate(u, p.shape[:3], mode="trilinear")
+    error = (found - d).norm(dim=1)
+    assert error.mean() < .45 * d.norm(dim=1).mean()
+    assert error.mean() < 4                                        # below a voxel
+    moved = sample(moving, p + found.movedim(1, -1), STEP)
+    assert cct_r.local_correlation(fixed, moving, weight) < .9
+    assert cct_r.local_correlation(fixed, moved, weight) > .9
+    assert cct_r.folded(u, p.shape[:3], STEP) == 0
 
 
 def test_identical_volumes_stay_where_they_are():
     p = cct_r.points((12, 24, 24), STEP)
     x = scene(p)[None, None]
-    A, s = register_affine(x, torch.ones_like(x), p, torch.cat([x, torch.ones_like(x)], 1), STEP)
-    assert (cct_r.move(A, p) - p).norm(dim=-1).max() < 1 and s > .99                                     # mm
-    u = register_deformable(x, x, torch.ones_like(x), STEP)
-    assert u.norm(dim=1).mean() < 1 and u.abs().max() < 4
+    weight = torch.ones_like(x)
+    A, similarity = register_affine(x, weight, p, with_mask(x), STEP)
+    assert (cct_r.move(A, p) - p).norm(dim=-1).max() < 1           # mm
+    assert similarity > .99
+    u = register_deformable(x, x, weight, STEP)
+    assert u.norm(dim=1).mean() < 1
+    assert u.abs().max() < 4
 
 
 def test_local_correlation_by_hand():
     torch.manual_seed(0)
-    a, w = torch.rand(1, 1, 6, 8, 8), torch.ones(1, 1, 6, 8, 8)
-    assert cct_r.local_correlation(a, 2 * a + 3, w).item() == pytest.approx(1, abs=1e-3)                 # blind to contrast and brightness
+    a = torch.rand(1, 1, 6, 8, 8)
+    w = torch.ones(1, 1, 6, 8, 8)
+    other = torch.rand(1, 1, 6, 8, 8)
+    # blind to contrast and brightness
+    assert cct_r.local_correlation(a, 2 * a + 3, w).item() == pytest.approx(1, abs=1e-3)
     assert cct_r.local_correlation(a, -a, w).item() == pytest.approx(-1, abs=1e-3)
-    assert abs(cct_r.local_correlation(a, torch.rand(1, 1, 6, 8, 8), w).item()) < .1
+    assert abs(cct_r.local_correlation(a, other, w).item()) < .1
+
+
+def test_box_mean_is_that_of_torch():
     x = torch.rand(1, 2, 5, 6, 7)
-    want = F.avg_pool3d(x, (3, 5, 5), 1, (1, 2, 2), count_include_pad=False)                             # boxes as torch has them
+    want = F.avg_pool3d(x, (3, 5, 5), 1, (1, 2, 2), count_include_pad=False)
     assert torch.allclose(cct_r.box_mean(x, (1, 2, 2)), want, atol=1e-6)
+
+
+def test_roughness_by_hand():
+    """A velocity whose z grows by 3 mm from one control point to the next, 2 mm away along y."""
+    v = torch.zeros(1, 3, 3, 4, 5)
+    v[:, 0] = 3 * torch.arange(4.)[:, None]
+    assert cct_r.roughness(v, (5., 2., 7.)).item() == pytest.approx(1.5 ** 2 / 3)
+    assert cct_r.roughness(v + 9, (5., 2., 7.)).item() == pytest.approx(1.5 ** 2 / 3)
 
 
 def test_cycle_error():
     p = cct_r.points((8, 16, 16), STEP)
     shift = torch.zeros(1, 3, 8, 16, 16)
     shift[:, 1] = 5.
-    assert cycle_error(shift, -shift, p, STEP).max() < 1e-4                                              # exact inverses
+    assert cycle_error(shift, -shift, p, STEP).max() < 1e-4        # exact inverses
     assert cycle_error(shift, 0 * shift, p, STEP).mean().item() == pytest.approx(5, abs=1e-3)
     assert cycle_error(shift, shift, p, STEP).mean().item() == pytest.approx(10, abs=1e-3)
-    v = 4 * torch.randn(1, 3, 4, 5, 5)
+
+
+def test_the_flow_backwards_undoes_the_flow():
+    torch.manual_seed(0)
+    p = cct_r.points((8, 16, 16), STEP)
     places = cct_r.control_points((8, 16, 16), STEP, 5)
-    v = v[:, :, :places.shape[0], :places.shape[1], :places.shape[2]]
-    there, back = (F.interpolate(cct_r.exponential(s * v, places), p.shape[:3], mode="trilinear") for s in (1, -1))
+    v = 4 * torch.randn(1, 3, *places.shape[:3])
+    there = F.interpolate(cct_r.exponential(v, places), p.shape[:3], mode="trilinear")
+    back = F.interpolate(cct_r.exponential(-v, places), p.shape[:3], mode="trilinear")
     inner = cycle_error(there, back, p, STEP)[:, 2:-2, 3:-3, 3:-3]
-    assert inner.mean() < .25 * there.norm(dim=1).mean()                                                 # the flow backwards undoes the flow
+    assert inner.mean() < .25 * there.norm(dim=1).mean()
 
 
 def test_folding_is_counted():
@@ -111,30 +164,37 @@ def test_folding_is_counted():
     flat = torch.zeros(1, 3, 6, 12, 12)
     assert cct_r.folded(flat, p.shape[:3], STEP) == 0
     fold = flat.clone()
-    fold[:, 2, :, :, 6:] = -12.                                                                          # these columns jump three voxels to the left
+    fold[:, 2, :, :, 6:] = -12.                                    # these jump 3 voxels to the left
     J = cct_r.jacobian(fold, p.shape[:3], STEP)[0]
-    assert (J[:, :, 5] == -2).all() and (J[:, :, 4] == 1).all() and (J[:, :, 6] == 1).all()              # 1 + (-12 mm) / (4 mm)
+    assert (J[:, :, 5] == -2).all()                                # 1 + (-12 mm) / (4 mm)
+    assert (J[:, :, 4] == 1).all()
+    assert (J[:, :, 6] == 1).all()
     assert cct_r.folded(fold, p.shape[:3], STEP).item() == pytest.approx(1 / 11)
     stretch = flat.clone()
     stretch[0] = .5 * p.movedim(-1, 0)
-    assert torch.allclose(cct_r.jacobian(stretch, p.shape[:3], STEP), torch.tensor(1.5 ** 3), atol=1e-4)
+    J = cct_r.jacobian(stretch, p.shape[:3], STEP)
+    assert torch.allclose(J, torch.tensor(1.5 ** 3), atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ the Swin-UNet
+# ---------------------------------------------------------------------------------- the Swin-UNet
 
 
 def test_windows_and_their_inverse():
     x = torch.rand(2, 12, 18, 5)
     w = cct_r.to_windows(x, 6)
-    assert w.shape == (2 * 6, 36, 5) and torch.equal(w[1], x[0, :6, 6:12].reshape(36, 5)) and torch.equal(cct_r.from_windows(w, 6, 12, 18), x)
+    assert w.shape == (2 * 6, 36, 5)
+    assert torch.equal(w[1], x[0, :6, 6:12].reshape(36, 5))
+    assert torch.equal(cct_r.from_windows(w, 6, 12, 18), x)
 
 
-@pytest.mark.parametrize("H, W, real_h, real_w, shift", [(12, 12, 12, 12, 3), (12, 18, 10, 13, 3), (6, 6, 5, 6, 0)])
+@pytest.mark.parametrize("H, W, real_h, real_w, shift",
+                         [(12, 12, 12, 12, 3), (12, 18, 10, 13, 3), (6, 6, 5, 6, 0)])
 def test_attention_mask(H, W, real_h, real_w, shift):
-    """Two tokens of a window see each other if, before the roll, they were as near as in the window, and both real or both padding."""
+    """Tokens of a window see each other if they were as near before the roll, and of one kind."""
     mask = cct_r.attention_mask(H, W, 6, shift, real_h, real_w)
-    place = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"), -1)
-    before = cct_r.to_windows(place.roll((-shift, -shift), (0, 1))[None], 6)                             # [windows, 36, 2]
+    rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    place = torch.stack([rows, columns], -1).roll((-shift, -shift), (0, 1))
+    before = cct_r.to_windows(place[None], 6)                      # [windows, 36, 2]
     for window, tokens in zip(mask, before.tolist()):
         for i, (a, b) in enumerate(tokens):
             for j, (c, d) in enumerate(tokens):
@@ -145,99 +205,146 @@ def test_attention_mask(H, W, real_h, real_w, shift):
 
 @pytest.mark.parametrize("size", [(96, 96), (50, 70), (33, 20)])
 def test_any_size(size):
+    H, W = size
     net = SwinUNet(2, 5, 12, 4)
-    assert net(torch.rand(1, 2, *size)).shape == (1, 5, *size)
-    coarse, full = net.maps(torch.rand(1, 2, *size))
-    assert coarse.shape == (1, 24, -(-size[0] // 8), -(-size[1] // 8)) and full.shape == (1, 6, *size)
+    assert net(torch.rand(1, 2, H, W)).shape == (1, 5, H, W)
+    coarse, full = net.maps(torch.rand(1, 2, H, W))
+    assert coarse.shape == (1, 24, math.ceil(H / 8), math.ceil(W / 8))
+    assert full.shape == (1, 6, H, W)
 
 
 def test_no_token_sees_across_the_border_and_shifted_windows_join():
-    """One unshifted block keeps to its windows; with a shifted one, a change reaches the next window, but never the far side."""
+    """A change stays in its window; shifted windows take it to the next, never to the far side."""
     torch.manual_seed(0)
     x = torch.rand(1, 18, 18, 12)
     y = x.clone()
     y[:, 0, 0] += torch.rand(12)
-    changed = lambda *blocks: (torch.nn.Sequential(*blocks)(x) - torch.nn.Sequential(*blocks)(y)).abs().amax(-1)[0] > 1e-7
-    plain, shifted = cct_r.SwinBlock(12, 6, 3, 0), cct_r.SwinBlock(12, 6, 3, 3)
-    assert torch.equal(changed(plain).nonzero().amax(0), torch.tensor([5, 5]))
-    assert torch.equal(changed(shifted).nonzero().amax(0), torch.tensor([2, 2]))                         # rolled windows do not wrap around
-    assert torch.equal(changed(plain, shifted).nonzero().amax(0), torch.tensor([8, 8]))
+
+    def last_changed(*blocks):
+        net = torch.nn.Sequential(*blocks)
+        changed = (net(x) - net(y)).abs().amax(-1)[0] > 1e-7
+        return changed.nonzero().amax(0).tolist()
+
+    plain = cct_r.SwinBlock(12, 6, 3, 0)
+    shifted = cct_r.SwinBlock(12, 6, 3, 3)
+    assert last_changed(plain) == [5, 5]
+    assert last_changed(shifted) == [2, 2]                         # no wrapping around
+    assert last_changed(plain, shifted) == [8, 8]
 
 
 def test_relative_position_bias():
     """The bias of a pair of tokens depends on their offset alone: [dy, dx] and nothing else."""
-    index = cct_r.WindowAttention(6, 3, 2).relative_position_index
+    index = cct_r.WindowAttention(6, 3, 2).index
     offsets = {}
     for i in range(9):
         for j in range(9):
-            offsets.setdefault((i // 3 - j // 3, i % 3 - j % 3), set()).add(int(index[i, j]))
-    assert len(offsets) == 25 and all(len(v) == 1 for v in offsets.values()) and len(set.union(*offsets.values())) == 25
+            offset = (i // 3 - j // 3, i % 3 - j % 3)
+            offsets.setdefault(offset, set()).add(int(index[i, j]))
+    assert len(offsets) == 25
+    assert all(len(found) == 1 for found in offsets.values())
+    assert len(set.union(*offsets.values())) == 25
 
 
-def test_swin_weights(tmp_path):
-    net = SwinUNet(1, 4, 12, 4)
-    state = {"patch_embed.proj.weight": torch.rand(12, 3, 4, 4), "layers.0.blocks.1.attn.qkv.weight": torch.rand(36, 12),
-             "layers.0.downsample.reduction.weight": torch.rand(24, 48), "head.weight": torch.rand(1000, 96)}
-    torch.save({"model": state}, tmp_path / "swin.pth")
-    cct_r.load_swin(net, tmp_path / "swin.pth")
-    assert torch.equal(net.layers[0]["blocks"][1].attn.qkv.weight, state["layers.0.blocks.1.attn.qkv.weight"])
-    assert torch.allclose(net.patch_embed["proj"].weight[:, 0], state["patch_embed.proj.weight"].sum(1))
-    with pytest.raises(common.DataError, match="--swin-dim 96 --window 7"):
-        cct_r.load_swin(SwinUNet(1, 4, 24, 4), tmp_path / "swin.pth")
-    (tmp_path / "bad.pth").write_text("no")
-    with pytest.raises(common.DataError, match="not a state dict"):
-        cct_r.load_swin(net, tmp_path / "bad.pth")
+@pytest.mark.parametrize("shift", (0, 2))
+def test_the_convolution_tells_a_block_where_it_is(shift):
+    """Tokens that are all alike: without the convolution they stay alike wherever they lie."""
+    torch.manual_seed(0)
+    block = cct_r.SwinBlock(12, 4, 3, shift)
+    x = torch.randn(12).expand(1, 8, 8, 12)
+    assert block(x).flatten(0, 2).std(0).max() > 1e-2
+    torch.nn.init.zeros_(block.place.weight)
+    assert block(x).flatten(0, 2).std(0).max() < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ losses
+def test_merging_and_expanding_keep_neighbours_together():
+    """A token of the merged map depends on its own 2 x 2 neighbours, and 2 x 2 on one token."""
+    torch.manual_seed(0)
+    x = torch.rand(1, 4, 6, 3)
+    y = x.clone()
+    y[0, 2:4, 4:6] += 1 + torch.rand(2, 2, 3)
+    merge = cct_r.PatchMerging(3)
+    changed = (merge(x) != merge(y)).any(-1)[0]
+    assert changed.nonzero().tolist() == [[1, 2]]
+    x = torch.rand(1, 2, 3, 8)
+    y = x.clone()
+    y[0, 1, 2] += torch.rand(8)
+    expand = cct_r.PatchExpanding(8, 4, 2)
+    assert expand(x).shape == (1, 4, 6, 4)
+    changed = (expand(x) != expand(y)).any(-1)[0]
+    assert changed.nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+def unit(v):
+    """Rows of length 1."""
+    return v / np.linalg.norm(v, axis=1, keepdims=True)
 
 
 def balanced_oracle(z, y, tau):
     """The class-balanced contrast, pixel by pixel in float64."""
-    z, n, losses = z / np.linalg.norm(z, axis=1, keepdims=True), len(z), []
+    z = unit(z)
+    n = len(z)
+    losses = []
     for i in range(n):
         P = [p for p in range(n) if p != i and y[p] == y[i]]
-        if P:
-            total = sum(math.exp(z[i] @ z[a] / tau) / (sum(y == y[a]) - (y[a] == y[i])) for a in range(n) if a != i)
-            losses.append(-sum(z[i] @ z[p] / tau - math.log(total) for p in P) / len(P))
+        if not P:
+            continue
+        total = 0.
+        for a in range(n):
+            if a != i:
+                w = sum(y == y[a]) - (y[a] == y[i])
+                total += math.exp(z[i] @ z[a] / tau) / w
+        L = [z[i] @ z[p] / tau - math.log(total) for p in P]
+        losses.append(-sum(L) / len(P))
     return sum(losses) / len(losses)
 
 
 def test_balanced_contrast_equals_the_loop():
     rng = np.random.default_rng(0)
-    z, y = rng.normal(size=(2, 14, 4)), rng.choice([0, 0, 0, 1, 2], (2, 14))
-    y[0, 0] = 3                                                                                          # alone in its class: no positive
+    z = rng.normal(size=(2, 14, 4))
+    y = rng.choice([0, 0, 0, 1, 2], (2, 14))
+    y[0, 0] = 3                                                    # alone in its class: no positive
     want = [balanced_oracle(a, b, .1) for a, b in zip(z, y)]
-    one = [balanced_contrastive_loss(torch.tensor(a), torch.tensor(b), .1).item() for a, b in zip(z, y)]
-    assert one == pytest.approx(want, rel=1e-5)
-    counts = [sum(sum(b == k) > 1 for k in b) for b in y]                                                # anchors with a positive
-    both = balanced_contrastive_loss(torch.tensor(z), torch.tensor(y), .1).item()
-    assert both == pytest.approx(np.average(want, weights=counts), rel=1e-5)                             # two groups: mean over all anchors
+    z = torch.tensor(z)
+    for n in range(2):
+        one = balanced_contrastive_loss(z[n], torch.tensor(y[n]), .1)
+        assert one.item() == pytest.approx(want[n], rel=1e-5)
+    # two groups: the mean over all anchors that have a positive
+    counts = [sum(sum(group == k) > 1 for k in group) for group in y]
+    both = balanced_contrastive_loss(z, torch.tensor(y), .1)
+    assert both.item() == pytest.approx(np.average(want, weights=counts), rel=1e-5)
 
 
 def test_class_balance_by_hand():
-    """tau = 1, an anchor like its one partner (1,0), against background (0,1): copying the background changes nothing for it."""
+    """tau = 1, anchors (1,0) against background (0,1), of which copies change nothing."""
     z = torch.tensor([[1., 0], [1, 0], [0, 1], [0, 1]])
     y = torch.tensor([1, 1, 0, 0])
     # class 1: own class e^1 / 1, the other 2 e^0 / 2; class 0: the same
-    assert balanced_contrastive_loss(z, y, 1.).item() == pytest.approx(-1 + math.log(math.e + 1), abs=1e-6)
-    many, labels = torch.cat([z, z[2:].repeat(10, 1)]), torch.cat([y, y[2:].repeat(10)])
-    assert balanced_contrastive_loss(many, labels, 1.).item() == pytest.approx(-1 + math.log(math.e + 1), abs=1e-5)
-    assert balanced_contrastive_loss(z, torch.arange(4), 1.).item() == 0                                 # nobody has a positive
+    want = -1 + math.log(math.e + 1)
+    assert balanced_contrastive_loss(z, y, 1.).item() == pytest.approx(want, abs=1e-6)
+    many = torch.cat([z, z[2:].repeat(10, 1)])
+    labels = torch.cat([y, y[2:].repeat(10)])
+    assert balanced_contrastive_loss(many, labels, 1.).item() == pytest.approx(want, abs=1e-5)
+    assert balanced_contrastive_loss(z, torch.arange(4), 1.).item() == 0       # no positive
 
 
 def test_features_and_labels_are_cut_in_the_same_order():
-    """Every pixel's feature is its class: the order is right if and only if the two agree after cutting."""
+    """Every pixel's feature is its class: the order is right if the two agree after cutting."""
     torch.manual_seed(0)
     y = torch.randint(0, 4, (3, 10, 14))
     z = F.one_hot(y, 4).movedim(-1, 1).float()
     for offset in ((0, 0), (2, 1)):
-        features, labels = cct_r.cut(z, 4, offset), cct_r.cut(y[:, None], 4, offset)[..., 0]
-        assert features.shape == (2 * 3, 3 * 16, 4) and torch.equal(features.argmax(-1), labels)
-    assert torch.equal(cct_r.cut(y[:, None], 4)[1, :16, 0], y[0, :4, 4:8].flatten())                     # one block is local
-    perfect = cct_r.local_contrast([z, z], [y, y], 4, 6, .1)
-    wrong = cct_r.local_contrast([z, z], [y, y.transpose(1, 2).reshape(3, 10, 14)], 4, 6, .1)
-    assert perfect < .1 < wrong
+        features = cct_r.cut(z, 4, offset)
+        labels = cct_r.cut(y[:, None], 4, offset)[..., 0]
+        assert features.shape == (2 * 3, 3 * 16, 4)
+        assert torch.equal(features.argmax(-1), labels)
+    second = cct_r.cut(y[:, None], 4)[1, :16, 0]
+    assert torch.equal(second, y[0, :4, 4:8].flatten())            # one block is local
+    other_order = y.transpose(1, 2).reshape(3, 10, 14)
+    assert cct_r.local_contrast([z, z], [y, y], 4, 6, .1) < .1
+    assert cct_r.local_contrast([z, z], [y, other_order], 4, 6, .1) > .1
 
 
 def test_groups_of_background_are_skipped():
@@ -245,261 +352,531 @@ def test_groups_of_background_are_skipped():
     z = torch.rand(1, 5, 8, 8, requires_grad=True)
     assert cct_r.local_contrast([z, z], [y, y], 4, 9, .1).item() == 0
     y[0, 0, :2] = 1
-    loss = cct_r.local_contrast([z, z], [y, y], 4, 9, .1)
-    loss.backward()
-    assert z.grad[..., :4, :4].abs().max() > 0 and z.grad[..., 4:, :].abs().max() == 0 and z.grad[..., :, 4:].abs().max() == 0
+    cct_r.local_contrast([z, z], [y, y], 4, 9, .1).backward()
+    assert z.grad[..., :4, :4].abs().max() > 0
+    assert z.grad[..., 4:, :].abs().max() == 0
+    assert z.grad[..., :, 4:].abs().max() == 0
+
+
+def test_an_unlabelled_pixel_has_the_class_of_the_other_network(monkeypatch):
+    """What contrast_terms hands to local_contrast: classes, sizes and groups at both levels."""
+    torch.manual_seed(0)
+    o = argparse.Namespace(block=8, groups=5, temperature=.1)
+
+    def maps():
+        logits = [torch.randn(2, 3, 16, 16) for _ in range(2)]
+        coarse = [torch.randn(2, 4, 2, 2) for _ in range(2)]
+        full = [torch.randn(2, 4, 8, 8) for _ in range(2)]
+        return cct_r.Maps(logits, coarse, full)
+
+    seen, seen_u = maps(), maps()
+    label = torch.randint(0, 3, (2, 16, 16))
+    calls = []
+
+    def noted(*arguments):
+        calls.append(arguments)
+        return torch.tensor(1.)
+
+    monkeypatch.setattr(cct_r, "local_contrast", noted)
+    assert cct_r.contrast_terms(o, label, seen, seen_u).item() == 2
+    (coarse, small, *rest), (full, half, *rest_full) = calls
+    assert rest == [4, 4, .1]
+    assert rest_full == [4, 5, .1]
+    for net in (0, 1):
+        other = seen_u.logits[1 - net].argmax(1)
+        assert torch.equal(half[net], torch.cat([label, other])[:, ::2, ::2])
+        assert torch.equal(full[net], torch.cat([seen.full[net], seen_u.full[net]]))
+        assert torch.equal(coarse[net], torch.cat([seen.coarse[net], seen_u.coarse[net]]))
+        assert small[net].shape == (4, 2, 2)
+    calls.clear()
+    cct_r.contrast_terms(o, label, seen)                           # at first labelled ones alone
+    full, half = calls[1][:2]
+    for net in (0, 1):
+        assert torch.equal(half[net], label[:, ::2, ::2])
+        assert torch.equal(full[net], seen.full[net])
 
 
 def test_memory_bank():
     bank = MemoryBank(4, 2)
     where = torch.tensor([[0., 0, 0], [0, 0, 3], [0, 0, 9]])
+    here = torch.tensor([[0., 0, 1]])
     bank.push(torch.eye(3)[:, :2], where, torch.tensor([7, 8, 8]))
-    index, near = bank.nearest(torch.tensor([[0., 0, 1]]), torch.tensor([5]), 2.5, 3)
-    assert index[0, :2].tolist() == [0, 1] and near[0].tolist() == [True, True, False]                   # nearest first, the third too far
-    index, near = bank.nearest(torch.tensor([[0., 0, 1]]), torch.tensor([7]), 2.5, 3)
-    assert index[0, 0] == 1 and near[0].tolist() == [True, False, False]                                 # never the own volume
-    bank.push(torch.ones(2, 2), torch.tensor([[5., 5, 5], [6, 6, 6]]), torch.tensor([1, 2]))             # one place free: the oldest goes
-    assert bank.volume.tolist() == [2, 8, 8, 1] and bank.place[0].tolist() == [6, 6, 6] and bank.next == 1
+    index, near = bank.nearest(here, torch.tensor([5]), 2.5, 3)
+    assert index[0, :2].tolist() == [0, 1]                         # nearest first
+    assert near[0].tolist() == [True, True, False]                 # the third is too far
+    index, near = bank.nearest(here, torch.tensor([7]), 2.5, 3)
+    assert index[0, 0] == 1                                        # never the own volume
+    assert near[0].tolist() == [True, False, False]
+    new = torch.tensor([[5., 5, 5], [6, 6, 6]])
+    bank.push(torch.ones(2, 2), new, torch.tensor([1, 2]))         # one place free: the oldest goes
+    assert bank.volume.tolist() == [2, 8, 8, 1]
+    assert bank.place[0].tolist() == [6, 6, 6]
+    assert bank.next == 1
     _, near = MemoryBank(4, 2).nearest(where, torch.tensor([1, 2, 3]), 5., 2)
-    assert not near.any()                                                                                # empty
+    assert not near.any()                                          # empty
 
 
 def test_reps_equals_the_loop():
     rng = np.random.default_rng(0)
     n, M, tau, radius = 6, 20, .1, 8.
-    z, where, who = rng.normal(size=(n, 5)), rng.uniform(-10, 10, (n, 3)), rng.integers(0, 4, n)
-    b_z, b_where, b_who = rng.normal(size=(M, 5)), rng.uniform(-10, 10, (M, 3)), rng.integers(0, 4, M)
-    where[0] = 500                                                                                       # nothing near: left out
-    unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)
-    bank = MemoryBank(M + 5, 5)                                                                          # five places stay empty
+    z = rng.normal(size=(n, 5))
+    where = rng.uniform(-10, 10, (n, 3))
+    who = rng.integers(0, 4, n)
+    b_z = rng.normal(size=(M, 5))
+    b_where = rng.uniform(-10, 10, (M, 3))
+    b_who = rng.integers(0, 4, M)
+    where[0] = 500                                                 # nothing near: left out
+    bank = MemoryBank(M + 5, 5)                                    # five places stay empty
     bank.push(torch.tensor(unit(b_z)).float(), torch.tensor(b_where).float(), torch.tensor(b_who))
     losses = []
     for i in range(n):
-        R = sorted((np.linalg.norm(where[i] - b_where[a]), a) for a in range(M) if b_who[a] != who[i])[:3]
-        R = [a for d, a in R if d <= radius]
-        s = unit(z)[i] @ unit(b_z).T / tau
+        others = [a for a in range(M) if b_who[a] != who[i]]
+        R = sorted((np.linalg.norm(where[i] - b_where[a]), a) for a in others)[:3]
+        R = [a for distance, a in R if distance <= radius]
+        e = np.exp(unit(z)[i] @ unit(b_z).T / tau)
         if R:
-            losses.append(-sum(math.log(math.exp(s[p]) / np.exp(s).sum()) for p in R) / len(R))
+            losses.append(-sum(math.log(e[p] / e.sum()) for p in R) / len(R))
     assert 0 < len(losses) < n
-    got = cct_r.reps_loss(torch.tensor(z), torch.tensor(where).float(), torch.tensor(who), bank, radius, 3, tau)
+    got = cct_r.reps_loss(torch.tensor(z), torch.tensor(where).float(), torch.tensor(who), bank,
+                          radius, 3, tau)
     assert got.item() == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_segmentation_and_cross_teaching():
+def test_reps_anchors_have_a_place_and_fill_the_banks():
+    """Each network's features go to its bank, with the place and the volume of their pixel."""
     torch.manual_seed(0)
-    a, b, y = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
-    p = a.double().softmax(1)
-    ce = -p.gather(1, y[:, None]).log().mean()
-    dice = np.mean([1 - 2 * p[:, k][y == k].sum() / (p[:, k].sum() + (y == k).sum()) for k in (1, 2)])
-    assert cct_r.segmentation_loss(a, y).item() == pytest.approx(.5 * (ce.item() + dice), abs=1e-5)
-    a.requires_grad_(), b.requires_grad_()
-    loss = cct_r.cross_teaching_loss(a, b)
-    assert loss.item() == pytest.approx(common.dice_loss(a, b.argmax(1)).item() + common.dice_loss(b, a.argmax(1)).item())
-    sure = 50 * F.one_hot(y, 3).movedim(-1, 1).float()
+    o = argparse.Namespace(anchors=5, radius=8., positives=2, temperature=.1)
+    full = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
+    place = torch.full((2, 8, 8, 3), torch.nan)
+    place[1, 2:6, :] = torch.rand(4, 8, 3)                         # 2 x 4 places of every 2nd pixel
+    place[0, 1::2, 1::2] = 3.                                      # never looked at
+    banks = [MemoryBank(16, 3), MemoryBank(16, 3)]
+    L = cct_r.reps_terms(o, banks, full, place, torch.tensor([7, 9]))
+    assert L.item() == 0                                           # the banks were empty
+    for features, bank in zip(full, banks):
+        assert bank.next == 5
+        assert bank.volume[:5].tolist() == [9] * 5
+        own = F.normalize(features[1], dim=0)                      # [3, 4, 4]
+        for z, spot in zip(bank.z[:5], bank.place[:5]):
+            row, column = (place[1, ::2, ::2] == spot).all(-1).nonzero()[0].tolist()
+            assert torch.allclose(z, own[:, row, column])
+
+
+def test_segmentation_loss():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 8, 8)
+    y = torch.randint(0, 3, (2, 8, 8))
+    p = logits.double().softmax(1)
+    ce = -p.gather(1, y[:, None]).log().mean().item()
+    dice = []
+    for k in (1, 2):
+        both = p[:, k][y == k].sum()
+        dice.append(1 - 2 * both / (p[:, k].sum() + (y == k).sum()))
+    want = .5 * (ce + np.mean(dice))
+    assert cct_r.segmentation_loss(logits, y).item() == pytest.approx(want, abs=1e-5)
+
+
+def test_cross_teaching():
+    torch.manual_seed(0)
+    a = torch.randn(2, 3, 8, 8)
+    b = torch.randn(2, 3, 8, 8)
+    one = common.dice_loss(a, b.argmax(1)).item()
+    two = common.dice_loss(b, a.argmax(1)).item()
+    assert cct_r.cross_teaching_loss(a, b).item() == pytest.approx(one + two)
+    sure = 50 * F.one_hot(torch.randint(0, 3, (2, 8, 8)), 3).movedim(-1, 1).float()
     assert cct_r.cross_teaching_loss(sure, sure).item() == pytest.approx(0, abs=1e-4)
 
 
 def test_ramp_and_decay():
-    assert [cct_r.ramp_up(t, 100) for t in (0, 50, 100, 200)] == pytest.approx([math.exp(-5), math.exp(-1.25), 1, 1])
-    assert [cct_r.decay(t, 100) for t in (0, 50, 100)] == pytest.approx([1, math.exp(-1.25), math.exp(-5)])
+    ramp = [cct_r.ramp_up(t, 100) for t in (0, 50, 100, 200)]
+    assert ramp == pytest.approx([math.exp(-5), math.exp(-1.25), 1, 1])
+    decay = [cct_r.decay(t, 100) for t in (0, 50, 100)]
+    assert decay == pytest.approx([1, math.exp(-1.25), math.exp(-5)])
 
 
-# ------------------------------------------------------------------------------------------------ registration of a dataset
+# ---------------------------------------------------------------------- registration of a dataset
 
 
 @pytest.fixture(scope="module")
 def setting(phantom, tmp_path_factory):
-    """(options, cases, split, dataset) of the tiny phantom."""
-    o = cct_r.parse_options(["--data", str(phantom), *TINY, "--cache", str(tmp_path_factory.mktemp("cache"))])
-    cases = data.find_cases(phantom)
-    cct_r.resolve(o, cases)
-    return o, cases, data.split_patients(cases), common.prepare(cases, o.spacing, o.size, o.cache)
+    """The `Run` of the tiny phantom."""
+    work = tmp_path_factory.mktemp("cct_r")
+    _, run_ = started("cct_r", "--data", phantom, "--cache", work / "cache", "--out", work / "o")
+    return run_
 
 
 @pytest.fixture(scope="module")
 def registered(setting):
-    o, cases, split, dataset = setting
-    return cct_r.register(dataset, cases, split, 2, o)
+    """Registration with two labelled patients, four labelled volumes."""
+    return cct_r.Registered(setting, 2)
 
 
-def test_registration_helps_and_is_cached(setting, registered, monkeypatch):
-    o, cases, split, dataset = setting
-    pairs, frames, volumes, labelled, _ = registered
-    assert set(pairs) == {(u, n) for u in volumes for n in labelled} and len(labelled) == 4
-    judged = [cct_r.peek_registration(dataset, pairs, frames, u, n, 4) for u, n in pairs if u != n]
-    mean = {k: np.mean([r[k] for r in judged]) for k in judged[0]}
+def changed(run_, out=None, **options):
+    """The same run with other options, and another folder for its log."""
+    other = copy.copy(run_)
+    other.o = argparse.Namespace(**{**vars(run_.o), **options})
+    other.out = out or run_.out
+    return other
+
+
+def test_registration_helps(setting, registered):
+    pairs = registered.pairs
+    assert set(pairs) == {(u, n) for u in registered.volumes for n in registered.labelled}
+    assert len(registered.labelled) == 4
+    judged = [cct_r.peek_registration(setting, registered, u, n) for u, n in pairs if u != n]
+    mean = {k: np.mean([row[k] for row in judged]) for k in judged[0]}
     assert mean["dice_before"] + .2 < mean["dice_affine"] < mean["dice_after"]
-    assert all(float(p["folded"]) < .005 for p in pairs.values())
-    monkeypatch.setattr(cct_r, "register_batch", None)                                                   # a second run must not register
-    again, _ = cct_r.register_all(dataset, volumes, labelled, 4, o)
-    assert all(torch.equal(again[k][name], pairs[k][name]) for k in pairs for name in pairs[k])
+    for (u, n), pair in pairs.items():
+        assert pair["folded"] < .005
+        assert pair["before"] < pair["after"] or u == n
+
+
+def test_registration_is_cached(setting, registered, monkeypatch):
+    """A second run does not register, a run with other options does."""
+    monkeypatch.setattr(cct_r, "register_batch", None)
+    again, _ = cct_r.register_all(setting, registered.volumes, registered.labelled)
+    assert set(again) == set(registered.pairs)
+    for key, pair in registered.pairs.items():
+        assert all(torch.equal(again[key][name], pair[name]) for name in pair)
+    other = changed(setting, stiffness=.5)
     with pytest.raises(TypeError):
-        cct_r.register_all(dataset, volumes, labelled, 4, cct_r.argparse.Namespace(**{**vars(o), "stiffness": .5}))     # other options do
+        cct_r.register_all(other, registered.volumes, registered.labelled)
+
+
+def test_a_killed_registration_goes_on(setting, registered, monkeypatch):
+    """What is missing in the cache, and no more, is made again, to the same numbers."""
+    label = registered.labelled[1]
+    files = list((setting.out.parent / "cache").glob(f"registration-*/{label}-*.pt"))
+    assert len(files) == 1
+    files[0].unlink()
+    made = []
+    register_batch = cct_r.register_batch
+
+    def counted(*arguments):
+        made.append(arguments)
+        return register_batch(*arguments)
+
+    monkeypatch.setattr(cct_r, "register_batch", counted)
+    again, _ = cct_r.register_all(setting, registered.volumes, registered.labelled)
+    assert len(made) == 1
+    for u in registered.volumes:
+        pair = registered.pairs[u, label]
+        assert all(torch.equal(again[u, label][name], pair[name]) for name in pair)
 
 
 def test_a_volume_is_its_own_best_match_and_its_label_comes_back(setting, registered):
-    _, cases, _, dataset = setting
-    pairs, frames, _, labelled, _ = registered
-    n = labelled[0]
-    shape, spacing, numbers = cct_r.voxels(dataset, n)
-    back = frames[n].warp_label(pairs[n, n], shape, spacing).numpy()
-    assert common.nanmean(common.dice_score(back, dataset.label(numbers).numpy(), [1, 2, 3]).values()) > .9
-    assert pairs[n, n]["cycle"] < min(pairs[u, n]["cycle"] for u in range(len(cases)) if u != n and (u, n) in pairs)
-    still = dict(A=torch.eye(3, 4), back=torch.zeros_like(pairs[n, n]["back"]))                          # the identity: exactly the label
-    assert np.array_equal(frames[n].warp_label(still, shape, spacing).numpy(), dataset.label(numbers).numpy())
-    assert set(np.unique(back)) <= set(range(4))                                                         # label values are kept
+    n = registered.labelled[0]
+    pair, frame = registered.pairs[n, n], registered.frames[n]
+    volume = Stack(setting.dataset, n)
+    truth = setting.dataset.label(volume.numbers).numpy()
+    back = frame.warp_label(pair, volume).numpy()
+    assert cct_r.mean_dice(setting, back, truth) > .9
+    others = [registered.pairs[u, n]["cycle"] for u in registered.volumes if u != n]
+    assert pair["cycle"] < min(others)
+    # the identity: exactly the label
+    still = {"A": torch.eye(3, 4), "back": torch.zeros_like(pair["back"])}
+    assert np.array_equal(frame.warp_label(still, volume).numpy(), truth)
+    assert set(np.unique(back)) <= set(range(4))                   # label values are kept
 
 
-def test_places_and_partners(setting, registered):
-    o, cases, split, dataset = setting
-    pairs, frames, volumes, labelled, (warped, places) = registered
-    u = next(v for v in volumes if v not in labelled)
-    best = cct_r.best_partner(pairs, u, labelled)
-    assert all(pairs[u, best]["cycle"] <= pairs[u, n]["cycle"] for n in labelled)
-    assert {cct_r.best_partner(pairs, v, labelled, False) for v in volumes} == set(labelled)     # in turn
-    assert cct_r.best_partner(pairs, labelled[0], labelled) != labelled[0]
-    shape, spacing, numbers = cct_r.voxels(dataset, labelled[0])
-    assert torch.allclose(places[numbers].movedim(1, -1).float(), cct_r.points(shape, spacing), atol=.1)   # the common frame itself
-    assert warped[numbers].max() == 0                                                                    # warped labels: for unlabelled volumes only
-    assert warped[cct_r.voxels(dataset, u)[2]].max() == 3
-    outside = [i for i in range(len(dataset.volume)) if dataset.volume[i] not in volumes]
-    assert warped[outside].max() == 0 and places[outside].isnan().all()                                  # validation and test: nothing
+def test_partners(setting, registered):
+    labelled = registered.labelled
+    u = next(v for v in registered.volumes if v not in labelled)
+    best = registered.pairs[u, registered.partner(u)]["cycle"]
+    assert all(best <= registered.pairs[u, n]["cycle"] for n in labelled)
+    assert registered.partner(labelled[0]) != labelled[0]
+    in_turn = copy.copy(registered)
+    in_turn.brs = False
+    assert {in_turn.partner(v) for v in registered.volumes} == set(labelled)
+    without = cct_r.Registered(changed(setting, no_brs=True), 2)
+    assert not without.brs
+    assert not torch.equal(without.warped, registered.warped)
 
 
-def test_labels_of_unlabelled_volumes_are_not_read(setting, registered, monkeypatch, tmp_path):
-    """With --no-peek a whole training touches the labels of labelled patients alone."""
-    o, cases, split, dataset = setting
-    asked, label = [], common.SliceDataset.label
-    monkeypatch.setattr(common.SliceDataset, "label", lambda self, n, *a: (asked.extend(np.atleast_1d(n)), label(self, n, *a))[1])
-    quiet = cct_r.argparse.Namespace(**{**vars(o), "no_peek": True})
-    own, rest = dataset.of_patients(split["labelled"][:1]), dataset.of_patients(split["labelled"][1:])
-    prior = cct_r.register(dataset, cases, split, 1, quiet)[-1]
-    cct_r.train("x", dataset, own, rest, prior, 4, 0, quiet, CPU, tmp_path)
-    assert set(asked) <= set(own) and len(asked) > 0
+def test_places(setting, registered):
+    dataset = setting.dataset
+    first = Stack(dataset, registered.labelled[0])
+    own = registered.places[first.numbers].movedim(1, -1).float()
+    assert torch.allclose(own, first.points(), atol=.1)            # the common frame itself
+    assert registered.warped[first.numbers].max() == 0             # unlabelled volumes only
+    u = next(v for v in registered.volumes if v not in registered.labelled)
+    numbers = Stack(dataset, u).numbers
+    assert registered.warped[numbers].max() == 3
+    outside = np.flatnonzero(~np.isin(dataset.volume, registered.volumes))
+    assert len(outside) > 0                                        # validation and test: nothing
+    assert registered.warped[outside].max() == 0
+    assert registered.places[outside].isnan().all()
+    # a place of the unlabelled volume is where its partner's frame leads, from there to the first
+    partner = registered.partner(u)
+    x = registered.frames[partner].places(registered.pairs[u, partner], Stack(dataset, u).points())
+    if partner != registered.labelled[0]:
+        pair = registered.pairs[partner, registered.labelled[0]]
+        x = registered.frames[registered.labelled[0]].places(pair, x.nan_to_num(1e6))
+    found = registered.places[numbers].movedim(1, -1).float()
+    assert torch.allclose(found, x, atol=.1, equal_nan=True)
+    assert found.isfinite().any()
 
 
-@pytest.mark.parametrize("shift", (0, 2))
-def test_the_convolution_tells_a_block_where_it_is(shift):
-    """Tokens that are all alike: without the convolution they stay alike wherever they lie."""
-    torch.manual_seed(0)
-    block, x = cct_r.SwinBlock(12, 4, 3, shift), torch.randn(12).expand(1, 8, 8, 12)
-    spread = lambda: block(x).flatten(0, 2).std(0).max().item()
-    assert spread() > 1e-2
-    torch.nn.init.zeros_(block.place.weight)
-    assert spread() < 1e-5
+def test_dots_lie_on_the_pixels_that_have_a_place(setting, registered, monkeypatch):
+    """In the slice that asks: a dot on each of the nine pixels with a common place, no other."""
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, path: figures.append(figure))
+    numbers = Stack(setting.dataset, registered.volumes[0]).numbers
+    number = numbers[len(numbers) // 2]
+    some = copy.copy(registered)
+    some.places = registered.places.clone()
+    some.places[number, :, 12, 12] = torch.nan                     # the first of the nine; S = 32
+    cct_r.draw_correspondences(setting, some)
+    dots = [tuple(int(v[0]) for v in line.get_data()) for line in figures[0].axes[0].lines]
+    nine = [(x, y) for y in (12, 16, 20) for x in (12, 16, 20)]
+    want = [(x, y) for x, y in nine if some.places[number, :, y, x].isfinite().all()]
+    assert dots == want
+    assert 0 < len(want) < 9
+
+
+# --------------------------------------------------------------------------------------- training
 
 
 def test_views(setting, registered):
-    """Labelled slices have other intensities for each network, unlabelled ones their own; labels and places move with them."""
-    o, cases, split, dataset = setting
-    warped, places = registered[-1]
-    numbers = dataset.of_patients(split["labelled"][1:])
+    """Labelled slices have other intensities for each network, unlabelled ones their own."""
+    dataset, o = setting.dataset, setting.o
+    numbers = dataset.of_patients(setting.split["labelled"][1:])
+    warped, places = registered.warped, registered.places
     torch.manual_seed(0)
-    views, y, place, volume = cct_r.draw_batch(dataset, numbers, 4, None, places, o, CPU)
-    assert not torch.equal(*views)
+    batch = cct_r.draw_batch(setting, numbers, places)
     torch.manual_seed(0)
-    same, y_warped, place_again, _ = cct_r.draw_batch(dataset, numbers, 4, warped, places, o, CPU)
-    assert torch.equal(*same) and torch.equal(place.nan_to_num(0), place_again.nan_to_num(0))
+    rest = cct_r.draw_batch(setting, numbers, places, warped)
+    assert not torch.equal(*batch.views)
+    assert torch.equal(*rest.views)
+    assert torch.equal(batch.place.nan_to_num(0), rest.place.nan_to_num(0))
     torch.manual_seed(0)
-    pick = numbers[torch.randint(len(numbers), (4,)).numpy()]
-    grid = common.spatial_grid(4, o.size, o.rotation, CPU)
-    assert torch.equal(same[0], common.warp(dataset.image(pick), grid)) and np.array_equal(volume, dataset.volume[pick])
-    assert torch.equal(y, common.warp(dataset.label(pick), grid, "nearest"))
-    assert torch.equal(y_warped, common.warp(warped[pick].long(), grid, "nearest"))
+    pick = numbers[torch.randint(len(numbers), (o.batch // 4,)).numpy()]
+    grid = common.spatial_grid(len(pick), o.size, o.rotation, setting.device)
+    assert torch.equal(rest.views[0], common.warp(dataset.image(pick), grid))
+    assert np.array_equal(rest.volume, dataset.volume[pick])
+    assert torch.equal(batch.label, common.warp(dataset.label(pick), grid, "nearest"))
+    assert torch.equal(rest.label, common.warp(warped[pick].long(), grid, "nearest"))
+    moved = common.warp(places[pick].float(), grid, "nearest").movedim(1, -1)    # with the pixels
+    inside = (grid.abs() <= 1).all(-1)
+    assert torch.equal(batch.place[inside].nan_to_num(0), moved[inside].nan_to_num(0))
+    assert batch.place[~inside].isnan().all()
+    assert (~inside).any()
+
+
+def test_maps_of_both_networks(setting):
+    students = cct_r.Students(setting)
+    maps = students([torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)])
+    for net in (0, 1):
+        assert maps.logits[net].shape == (2, 4, 32, 32)
+        assert maps.coarse[net].shape == (2, setting.o.projection, 4, 4)
+        assert maps.full[net].shape == (2, setting.o.projection, 16, 16)
+
+
+def trained(run_, registered):
+    """The weights of the U-Net's head after a tiny training."""
+    patients = run_.split["labelled"][:1]
+    students = cct_r.train(run_, common.Row("x", 1, 0), patients, registered)
+    return students.unet.head.weight.detach()
 
 
 def test_every_part_trains(setting, registered, tmp_path):
-    """Each flag changes the trained network; the losses are logged with their weights."""
-    o, cases, split, dataset = setting
-    own, rest = dataset.of_patients(split["labelled"][:1]), dataset.of_patients(split["labelled"][1:])
-
-    def trained(**flags):
-        some = cct_r.argparse.Namespace(**{**vars(o), "no_peek": True, "reps_weight": 1., "contrast_weight": 1., **flags})
-        return cct_r.train("x", dataset, own, rest, registered[-1], 4, 0, some, CPU, tmp_path).unet.head.weight.detach()
-    full = trained()
-    assert torch.equal(full, trained())
+    """Each flag changes the trained network; the same seed does not."""
+    loud = {"no_peek": True, "reps_weight": 1., "contrast_weight": 1.}
+    full = trained(changed(setting, tmp_path, **loud), registered)
+    assert torch.equal(full, trained(changed(setting, tmp_path, **loud), registered))
     for flag in ("no_cross_teaching", "no_rsl", "no_contrast", "no_reps"):
-        assert not torch.equal(full, trained(**{flag: True})), flag
-    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    assert first["weight_cross"] == pytest.approx(.1 * math.exp(-5)) and first["weight_RSL"] == pytest.approx(o.rsl_weight)
-    assert {"sup", "cross", "RSL", "contrast", "REPS"} <= set(first)
+        without = trained(changed(setting, tmp_path, **loud, **{flag: True}), registered)
+        assert not torch.equal(full, without), flag
 
 
-def test_scratch_is_the_scratch_of_sal(setting, phantom, tmp_path):
-    import sal
-    o, cases, _, dataset = setting
-    other = sal.parse_options(["--data", str(phantom), "--size", "32", "--spacing", "5", "--width", "4", "--steps", "4", "--batch", "8",
-                               "--windows", "2"])
-    sal.resolve(other, cases)
-    one = cct_r.finetune("x", dataset, np.arange(10), 4, 0, o, CPU, tmp_path)
-    two = sal.finetune("x", dataset, np.arange(10), 4, 0, other, CPU, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+def test_loss_is_the_sum_with_its_weights(setting, registered, tmp_path, monkeypatch):
+    """L = L_sup + w(t) L_CT + omega(t) L_RSL + lambda_c L_contrast + lambda_r L_REPS."""
+    weights = {"cross_weight": 2., "rsl_weight": 3., "contrast_weight": 5., "reps_weight": 7.}
+    run_ = changed(setting, tmp_path, no_peek=True, **weights)
+    losses = []
+    backward = torch.Tensor.backward
+
+    def noted(self):
+        losses.append(self.item())
+        backward(self)
+
+    monkeypatch.setattr(torch.Tensor, "backward", noted)
+    monkeypatch.setattr(cct_r, "reps_terms", lambda *arguments: torch.tensor(11.))
+    trained(run_, registered)
+    first = common.read_log(tmp_path)[0]
+    assert first["weight_cross"] == pytest.approx(2 * math.exp(-5))
+    assert first["weight_RSL"] == pytest.approx(3)
+    assert min(first[k] for k in ("sup", "cross", "RSL", "contrast", "REPS")) > 0
+    want = (first["sup"] + 2 * math.exp(-5) * first["cross"] + 3 * first["RSL"]
+            + 5 * first["contrast"] + 7 * 11)
+    assert losses[0] == pytest.approx(want, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ the script
+def test_rates(setting, registered, tmp_path, monkeypatch):
+    """The U-Net starts at --lr, or at --pretrained-lr from --init; the rest warms up."""
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def noted(self, *arguments):
+        seen.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    run_ = changed(setting, tmp_path, no_peek=True, lr=1., swin_lr=2., pretrained_lr=3., steps=40)
+    trained(run_, registered)
+    cosine = [.5 * (1 + math.cos(math.pi * t / 40)) for t in range(40)]
+    warm = [min(1, (t + 1) / (.05 * 40 + 1)) for t in range(40)]
+    assert [rates[0] for rates in seen] == pytest.approx(cosine)
+    assert [rates[1] for rates in seen] == pytest.approx([2 * a * b for a, b in zip(cosine, warm)])
+    seen.clear()
+    run_.start = {"unet": setting.unet().state_dict(), "parts": ["encoder"]}
+    trained(run_, registered)
+    assert seen[0][0] == pytest.approx(3)
 
 
-@pytest.fixture(scope="module")
-def finished(phantom, tmp_path_factory):
-    """A finished tiny run: (its folder, the work folder with the cache, what it printed)."""
-    work = tmp_path_factory.mktemp("work")
-    done = run("cct_r.py", "--data", phantom, *TINY, "--seeds", 0, "--out", "out", cwd=work)
-    assert done.returncode == 0, done.stderr
-    return work / "out", work, done.stdout
+def test_the_unet_starts_from_init_and_the_baseline_does_not(setting, registered, tmp_path):
+    run_ = changed(setting, tmp_path, no_peek=True, lr=0., swin_lr=0., pretrained_lr=0.)
+    patients = run_.split["labelled"][:1]
+    fresh = cct_r.finetune(run_, common.Row("scratch", 1, 0), patients)
+    torch.manual_seed(5)
+    start = {"unet": setting.unet().state_dict(), "parts": ["encoder"]}
+    run_.start = start
+    students = cct_r.train(run_, common.Row("x", 1, 0), patients, registered)
+    for name, value in students.unet.named_parameters():
+        if name.startswith("encoder"):
+            assert torch.equal(value, start["unet"][name])
+        elif value.ndim > 1:
+            assert not torch.equal(value, start["unet"][name])
+    again = cct_r.finetune(run_, common.Row("scratch", 1, 0), patients)
+    for a, b in zip(fresh.parameters(), again.parameters()):
+        assert torch.equal(a, b)
 
 
-def test_what_a_run_writes(finished):
-    out, _, printed = finished
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert [(r["method"], r["labelled"]) for r in metrics["rows"]] == [(m, 1) for m in ("scratch", "cct_r", "cct_r, Swin")]
-    assert {f.name for f in (out / "figures").iterdir()} == {"dice.png", "overlays.png", "registration.png", "correspondences.png",
-                                                              "pseudo_labels.png"}
+def test_labels_of_unlabelled_volumes_are_not_read(setting, monkeypatch, tmp_path):
+    """With --no-peek a whole training touches the labels of labelled patients alone."""
+    asked = []
+    label = common.SliceDataset.label
+
+    def noted(self, numbers, *device):
+        asked.extend(np.atleast_1d(numbers))
+        return label(self, numbers, *device)
+
+    monkeypatch.setattr(common.SliceDataset, "label", noted)
+    quiet = changed(setting, tmp_path, no_peek=True)
+    own = setting.dataset.of_patients(setting.split["labelled"][:1])
+    registered = cct_r.Registered(quiet, 1)
+    trained(quiet, registered)
+    cct_r.write_registrations(quiet, registered)
+    assert len(asked) > 0
+    assert set(asked) <= set(own)
+    asked.clear()
+    trained(changed(setting, tmp_path, no_peek=False), registered)
+    assert not set(asked) <= set(own)                              # so the count can fail
+
+
+def test_peek_by_hand(setting, registered):
+    """Perfect and empty pseudo-labels, on unlabelled slices; the networks stay in training mode."""
+    dataset = setting.dataset
+    numbers = dataset.of_patients(setting.split["labelled"][1:])
+    students = cct_r.Students(setting)
+    truth = torch.zeros_like(registered.warped)
+    truth[numbers] = dataset.label(numbers).byte()
+    assert cct_r.peek(setting, students, numbers, truth)["peek_registration"] == 1
+    found = cct_r.peek(setting, students, numbers, 0 * truth)
+    assert found["peek_registration"] == 0
+    assert set(found) == {"peek_unet", "peek_swin", "peek_registration"}
+    assert students.training
+
+
+# ------------------------------------------------------------------------------------- the script
+
+
+def test_what_cct_r_writes(finished):
+    out, _, printed = finished("cct_r")
+    figures = {f.name for f in (out / "figures").iterdir()}
+    assert figures == {"dice.png", "overlays.png", "registration.png", "correspondences.png",
+                       "pseudo_labels.png"}
     table = list(csv.DictReader((out / "registration.csv").open()))
-    assert len(table) == 8 * 2 - 2 and {"similarity_before", "similarity_after", "dice_before", "dice_after", "folded_percent",
-                                        "cycle_error_mm"} <= set(table[0])
-    assert "rank correlation of cycle error" in printed and "| 1 | cct_r, Swin |" in printed and not list(out.rglob("*partial*"))
+    assert len(table) == 8 * 4 - 4                                 # 4 of 8 volumes labelled
+    assert set(table[0]) == {
+        "volume", "labelled", "similarity_before", "similarity_affine", "similarity_after",
+        "folded_percent", "cycle_error_mm", "dice_before", "dice_affine", "dice_after"}
+    assert "registration of 28 pairs" in printed
+    assert "rank correlation of cycle error" in printed
+    assert "| 1 | cct_r, Swin |" in printed
+    log = common.read_log(out)
+    first = next(row for row in log if row["phase"] == "cct_r_n1_s0")
+    assert {"sup", "cross", "RSL", "contrast", "REPS", "weight_cross", "weight_RSL"} <= set(first)
+    steps = [row["step"] for row in log if row["phase"] == "cct_r_n1_s0" and "peek_unet" in row]
+    o = json.loads((out / "options.json").read_text())
+    assert steps == [*range(0, o["steps"], o["peek_every"]), o["steps"] - 1]       # and the last
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert "registration" in metrics["seconds"]
 
 
-def test_kill_and_resume(finished, phantom):
-    """Killed with SIGKILL in registration and in training, and resumed: the numbers of the undisturbed run."""
-    out, work, _ = finished
-    command = [sys.executable, str(ROOT / "cct_r.py"), "--data", str(phantom), *TINY, "--seeds", "0", "--out", "killed", "--cache",
-               "cache2"]
-    killed = 0
-    for target in ("../cache2/registration-*/*.pt", "scratch_n1_s0.pt", "training.pt", None):
-        resume = ["--resume"] if (work / "killed").exists() else []
-        before = set((work / "killed").glob(target)) if target else set()
-        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-        while target and process.poll() is None:
-            if (work / "killed").exists() and set((work / "killed").glob(target)) - before:
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-                break
-            time.sleep(.002)
-        _, errors = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), errors
-    assert killed >= 2 and process.returncode == 0
-    assert (work / "killed/per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
+def test_the_checkpoint_holds_both_networks(finished):
+    out, _, _ = finished("cct_r")
+    content = common.load_checkpoint(out / "cct_r_n1_s0.pt", "cct_r")
+    net = SwinUNet(1, 4, 12, 4)
+    net.load_state_dict(content["Swin"])
+    assert set(content["rows"]) == {"", "Swin"}
+    assert common.build_unet(content)(torch.rand(1, 1, 32, 32)).shape == (1, 4, 32, 32)
+    assert "Swin" not in common.load_checkpoint(out / "scratch_n1_s0.pt", "cct_r")
 
 
-def test_options_init_and_scratch(finished, phantom):
-    out, work, _ = finished
+def test_flags_and_init(finished, phantom):
+    """Rows are named by what is off; --no-peek leaves out Fig. 4 and every label Dice."""
+    out, work, _ = finished("cct_r")
     content = common.load_checkpoint(out / "scratch_n1_s0.pt")
-    common.save_checkpoint(work / "sal.pt", method="sal", options={}, unet=content["unet"], parts=["encoder"])
-    done = run("cct_r.py", "--data", phantom, *TINY, "--seeds", 0, "--no-brs", "--no-peek", "--no-reps", "--precision", "bfloat16", "--init",
-               work / "sal.pt", "--out", "o", cwd=work)
-    assert done.returncode == 0 and "| 1 | cct_r-no_reps-no_brs |" in done.stdout and "sal gives" in done.stdout, done.stderr
-    assert not (work / "o/figures/pseudo_labels.png").exists() and "dice_after" not in (work / "o/registration.csv").read_text()
-    done = run("cct_r.py", "--data", phantom, *TINY, "--seeds", 0, "--no-rsl", "--scratch", "out", "--out", "o2", cwd=work)
-    assert done.returncode == 0 and not (work / "o2/scratch_n1_s0.pt").exists(), done.stderr
-    refused(run("cct_r.py", "--predict", "x.nii", "--checkpoint", work / "sal.pt"), "checkpoint of sal, not of cct_r")
+    common.save_checkpoint(work / "start.pt", method="sal", options={}, unet=content["unet"],
+                           parts=["encoder"])
+    flags = ["--no-brs", "--no-peek", "--no-reps", "--precision", "bfloat16"]
+    done = run("cct_r", "--data", phantom, *options("cct_r"), *flags, "--init", work / "start.pt",
+               "--out", "flags", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "| 1 | cct_r-no_reps-no_brs |" in done.stdout
+    assert "sal gives" in done.stdout
+    assert not (work / "flags/figures/pseudo_labels.png").exists()
+    assert "dice_after" not in (work / "flags/registration.csv").read_text()
+    assert "rank correlation" not in done.stdout
 
 
-def test_bad_options(phantom):
-    cases = data.find_cases(phantom)
-    for words, extra in ((("--size 40",), ["--size", "40"]), (("--batch 10", "quarter"), ["--batch", "10"]), (("--swin-dim 20", "multiple of 6"), ["--swin-dim", "20"]),
-                         (("--temperature",), ["--temperature", "0"]), (("--block 99",), ["--block", "99"]), (("--bank",), ["--bank", "3"]),
-                         (("not the folder of a run",), ["--scratch", "nowhere"])):
+def test_scratch_is_read_from_another_run(finished, phantom):
+    out, work, _ = finished("cct_r")
+    done = run("cct_r", "--data", phantom, *options("cct_r"), "--no-rsl", "--scratch", "cct_r",
+               "--out", "other", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert not (work / "other/scratch_n1_s0.pt").exists()
+
+    def dice(folder):
+        rows = json.loads((folder / "metrics.json").read_text())["rows"]
+        key = ("scratch", 1, 0)
+        return [r["dice"] for r in rows if (r["method"], r["labelled"], r["seed"]) == key]
+
+    assert len(dice(out)) == 1
+    assert dice(work / "other") == dice(out)
+
+
+def test_bad_options_of_cct_r(finished, phantom, tmp_path):
+    _, work, _ = finished("cct_r")
+
+    def wrong(*extra):
         with pytest.raises(common.DataError) as error:
-            cct_r.resolve(cct_r.parse_options(["--data", "x", *TINY, *extra]), cases)
-        assert all(w in str(error.value) for w in words)
+            started("cct_r", "--data", phantom, "--out", tmp_path / "o", *extra)
+        return str(error.value)
+
+    assert "quarter" in wrong("--batch", 10)
+    assert "--batch 4" in wrong("--batch", 4)
+    assert "multiple of 6" in wrong("--swin-dim", 20)
+    assert "--window 1" in wrong("--window", 1)
+    assert "--temperature" in wrong("--temperature", 0)
+    assert "--block 99" in wrong("--block", 99)
+    assert "--bank 3" in wrong("--bank", 3)
+    assert "--stiffness" in wrong("--stiffness", -1)
+    assert "--radius" in wrong("--radius", 0)
+    assert "--peek-every" in wrong("--peek-every", 0)
+    assert "no training patient without label" in wrong("--labelled", 4)
+    done = run("cct_r", "--data", phantom, *options("cct_r"), "--batch", 10, "--out",
+               tmp_path / "o", cwd=work)
+    refused(done, "--batch 10", "quarter")
+    assert not (tmp_path / "o").exists()                           # nothing was begun

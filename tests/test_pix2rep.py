@@ -1,37 +1,49 @@
-"""Pix2Rep: losses against float64 loops and by hand, phi exact, the frozen probe, Mean Teacher, the script as a user runs it."""
-import csv, json, math, signal, subprocess, sys, time
+"""Pix2Rep: losses against float64 loops and by hand, phi, the frozen probe, Mean Teacher, rows."""
+import csv
+import json
+import math
+import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ONE_THREAD, ROOT, SHARED, TINY_PIX2REP as TINY, refused, run, save, volume
+from conftest import SHARED, options, refused, run, started
 
 import common
 import data
 import pix2rep
-from pix2rep import barlow_twins_loss, effective_rank, few_shot, found_partners, info_nce_loss, labels_needed, pixel_pairs, random_affine
+from common import Row
+from pix2rep import (barlow_twins_loss, effective_rank, few_shot, found_partners, info_nce_loss,
+                     labels_needed, pixel_pairs, random_affine)
 
 CPU = torch.device("cpu")
 
 
+def unit(v):
+    return v / math.sqrt(sum(x * x for x in v))
+
+
 def info_nce_oracle(z_a, z_b, tau):
     """Eq. (InfoNCE), vector by vector in float64."""
-    z = [v / math.sqrt(sum(x * x for x in v)) for v in np.concatenate([z_a, z_b]).astype(np.float64)]
-    n, total = len(z_a), 0.
-    sim = lambda i, k: sum(x * y for x, y in zip(z[i], z[k]))
+    z = [unit(v) for v in np.concatenate([z_a, z_b]).astype(np.float64)]
+    n = len(z_a)
+    total = 0.
     for i in range(2 * n):
         partner = i + n if i < n else i - n
-        denominator = sum(math.exp(sim(i, k) / tau) for k in range(2 * n) if k != i)
-        total -= math.log(math.exp(sim(i, partner) / tau) / denominator)
+        denominator = 0.
+        for k in range(2 * n):
+            if k != i:
+                denominator += math.exp(sum(z[i] * z[k]) / tau)
+        total -= math.log(math.exp(sum(z[i] * z[partner]) / tau) / denominator)
     return total / (2 * n)
 
 
 def barlow_oracle(u_a, u_b, lam):
     """Eq. (Barlow), entry by entry in float64."""
-    standard = lambda u: (u - u.mean(0)) / u.std(0)
-    u_a, u_b = standard(u_a.astype(np.float64)), standard(u_b.astype(np.float64))
+    u_a = (u_a - u_a.mean(0)) / u_a.std(0)
+    u_b = (u_b - u_b.mean(0)) / u_b.std(0)
     P, d = u_a.shape
     loss = 0.
     for a in range(d):
@@ -41,7 +53,7 @@ def barlow_oracle(u_a, u_b, lam):
     return loss
 
 
-# ------------------------------------------------------------------------------------------------ losses
+# ----------------------------------------------------------------------------------------- losses
 
 
 @pytest.mark.parametrize("tau", [.1, .53])
@@ -52,58 +64,86 @@ def test_info_nce_equals_the_loop(tau):
 
 
 def test_info_nce_by_hand():
-    # n = 2, tau = 1: z_1 = z'_1 = (1,0), z_2 = z'_2 = (0,1). Every vector: partner e^1, two others e^0
+    # n = 2, tau = 1: z_1 = z'_1 = (1,0), z_2 = z'_2 = (0,1)
+    # every vector: partner e^1, two others e^0
     z = torch.eye(2)
-    assert info_nce_loss(z, z, 1.).item() == pytest.approx(-math.log(math.e / (math.e + 2)), abs=1e-6)
+    want = -math.log(math.e / (math.e + 2))
+    assert info_nce_loss(z, z, 1.).item() == pytest.approx(want, abs=1e-6)
     # z'_1 and z'_2 exchanged: the partner has similarity 0, one other 1, one other 0
-    assert info_nce_loss(z, z.flip(0), 1.).item() == pytest.approx(-math.log(1 / (math.e + 2)), abs=1e-6)
+    want = -math.log(1 / (math.e + 2))
+    assert info_nce_loss(z, z.flip(0), 1.).item() == pytest.approx(want, abs=1e-6)
 
 
-def test_info_nce_chance_level_and_minimum():
+def test_info_nce_chance_level():
     torch.manual_seed(0)
     n = 400
-    equal, random = torch.ones(n, 8), torch.randn(2, n, 512)
-    assert info_nce_loss(equal, equal, .1).item() == pytest.approx(math.log(2 * n - 1), abs=1e-4)        # collapse: exactly chance
-    assert info_nce_loss(*random, 1.).item() == pytest.approx(math.log(2 * n - 1), abs=.01)              # unrelated: chance
-    z = random[0]
+    chance = math.log(2 * n - 1)
+    equal = torch.ones(n, 8)
+    assert info_nce_loss(equal, equal, .1).item() == pytest.approx(chance, abs=1e-4)    # collapse
+    a, b = torch.randn(2, n, 512)
+    assert info_nce_loss(a, b, 1.).item() == pytest.approx(chance, abs=.01)             # unrelated
+
+
+def test_info_nce_minimum_and_invariants():
+    torch.manual_seed(0)
+    z, noise = torch.randn(2, 400, 512)
     same = info_nce_loss(z, z, .1).item()
-    assert same < .1 and all(same < info_nce_loss(z, z + e * random[1], .1).item() for e in (.3, 1.))
-    order = torch.randperm(n)
-    assert info_nce_loss(z[order], (z + 1)[order], .5).item() == pytest.approx(info_nce_loss(z, z + 1, .5).item(), abs=1e-5)
-    assert info_nce_loss(3 * z, .2 * z, .1).item() == pytest.approx(same, abs=1e-5)                      # length does not count
+    assert same < .1
+    for much in (.3, 1.):
+        assert same < info_nce_loss(z, z + much * noise, .1).item()
+    order = torch.randperm(400)
+    want = info_nce_loss(z, z + 1, .5).item()
+    assert info_nce_loss(z[order], (z + 1)[order], .5).item() == pytest.approx(want, abs=1e-5)
+    assert info_nce_loss(3 * z, .2 * z, .1).item() == pytest.approx(same, abs=1e-5)     # no lengths
 
 
 def test_barlow_equals_the_loop():
-    u_a, u_b = np.random.default_rng(1).normal(size=(2, 12, 4)) * [1, 5, .1, 20] + [3, -50, 0, 7]
+    scale = [1, 5, .1, 20]
+    shift = [3, -50, 0, 7]
+    u_a, u_b = np.random.default_rng(1).normal(size=(2, 12, 4)) * scale + shift
     got = barlow_twins_loss(torch.tensor(u_a), torch.tensor(u_b), 5e-3).item()
     assert got == pytest.approx(barlow_oracle(u_a, u_b, 5e-3), rel=1e-4)
 
 
 def test_barlow_by_hand():
-    # P = 4, two channels that are uncorrelated and standardised: C = identity for identical views, loss 0
+    # P = 4, two channels, uncorrelated and standardised: C = identity for identical views, loss 0
     u = torch.tensor([[1., 1.], [1., -1.], [-1., 1.], [-1., -1.]])
     assert barlow_twins_loss(u, u, 1.).item() == pytest.approx(0, abs=1e-6)
     # the second channel a copy of the first: C is all ones, two entries off the diagonal
-    assert barlow_twins_loss(u[:, [0, 0]], u[:, [0, 0]], .005).item() == pytest.approx(2 * .005, abs=1e-6)
+    copied = u[:, [0, 0]]
+    assert barlow_twins_loss(copied, copied, .005).item() == pytest.approx(2 * .005, abs=1e-6)
     # the second view's channels exchanged: diagonal 0, off-diagonal 1
-    assert barlow_twins_loss(u, u.flip(1), .005).item() == pytest.approx(2 + 2 * .005, abs=1e-6)
+    want = 2 + 2 * .005
+    assert barlow_twins_loss(u, u.flip(1), .005).item() == pytest.approx(want, abs=1e-6)
     # one sign turned: C[0,0] = -1
-    assert barlow_twins_loss(u, u * torch.tensor([-1., 1.]), .005).item() == pytest.approx(4, abs=1e-6)
+    turned = u * torch.tensor([-1., 1.])
+    assert barlow_twins_loss(u, turned, .005).item() == pytest.approx(4, abs=1e-6)
 
 
 def test_barlow_does_not_see_the_scale_of_a_channel():
     torch.manual_seed(0)
     u_a, u_b = torch.randn(2, 500, 6)
     want = barlow_twins_loss(u_a, u_b, .01).item()
-    scale, shift = torch.tensor([1., 3., .2, 10., 5., 1.]), torch.tensor([0., 5., -2., 30., 1., 1.])
-    assert barlow_twins_loss(u_a * scale + shift, u_b * scale.flip(0) - shift, .01).item() == pytest.approx(want, rel=1e-3)
-    assert barlow_twins_loss(u_a, u_a, 0.).item() == pytest.approx(0, abs=1e-6)                          # diagonal 1 for identical views
-    assert want == pytest.approx(6, abs=1)                                                               # unrelated: about d
+    assert want == pytest.approx(6, abs=1)                         # unrelated: about d
+    scale = torch.tensor([1., 3., .2, 10., 5., 1.])
+    shift = torch.tensor([0., 5., -2., 30., 1., 1.])
+    got = barlow_twins_loss(u_a * scale + shift, u_b * scale.flip(0) - shift, .01).item()
+    assert got == pytest.approx(want, rel=1e-3)
+    # diagonal 1 for identical views
+    assert barlow_twins_loss(u_a, u_a, 0.).item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("loss", [lambda a, b: info_nce_loss(a, b, .1), lambda a, b: barlow_twins_loss(a, b, 5e-3)])
+def nce(a, b):
+    return info_nce_loss(a, b, .1)
+
+
+def barlow(a, b):
+    return barlow_twins_loss(a, b, 5e-3)
+
+
+@pytest.mark.parametrize("loss", [nce, barlow])
 def test_gradients_under_autocast(loss):
-    """The losses stay float32 where the network is bfloat16, and their gradients are finite and those of float32."""
+    """The losses stay float32 where the network is bfloat16, and so do their gradients."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 64, 16)
     grads = []
@@ -114,26 +154,38 @@ def test_gradients_under_autocast(loss):
         assert value.dtype == torch.float32
         value.backward()
         grads.append(x.grad)
-    assert grads[0].isfinite().all() and grads[0].abs().max() > 0 and torch.allclose(*grads, atol=1e-6)
+    assert grads[0].isfinite().all()
+    assert grads[0].abs().max() > 0
+    assert torch.allclose(*grads, atol=1e-6)
     x = (a * 1e-4).bfloat16().requires_grad_()
     loss(x, x.detach()).backward()
     assert x.grad.isfinite().all()
 
 
-def test_collapse_indicators():
+def test_found_partners():
     torch.manual_seed(0)
     z = torch.randn(300, 16)
-    assert found_partners(z, 2 * z + .01 * torch.randn(300, 16)) == 1
-    assert found_partners(z, torch.randn(300, 16)) < .05
-    assert found_partners(torch.ones(300, 16), torch.ones(300, 16)) == pytest.approx(1 / 300)
-    assert effective_rank(z) > 15 and effective_rank(torch.ones(300, 16)) <= 1.01
-    assert effective_rank(torch.randn(300, 1) * torch.ones(1, 16)) == pytest.approx(1, abs=.01)
-    assert effective_rank(z + 50) == pytest.approx(effective_rank(z), abs=.01)                           # about the mean
-    square = torch.tensor([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])                              # two equal singular values
-    assert effective_rank(square) == pytest.approx(2, abs=1e-3)
+    other = torch.randn(300, 16)
+    assert found_partners(z, 2 * z + .01 * other) == 1
+    assert found_partners(z, other) < .05
+    equal = torch.ones(300, 16)
+    assert found_partners(equal, equal) == pytest.approx(1 / 300)
 
 
-# ------------------------------------------------------------------------------------------------ phi
+def test_effective_rank():
+    torch.manual_seed(0)
+    z = torch.randn(300, 16)
+    assert effective_rank(z) > 15
+    assert effective_rank(torch.ones(300, 16)) <= 1.01
+    line = torch.randn(300, 1) * torch.ones(1, 16)
+    assert effective_rank(line) == pytest.approx(1, abs=.01)
+    want = effective_rank(z)
+    assert effective_rank(z + 50) == pytest.approx(want, abs=.01)  # about the mean
+    square = torch.tensor([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
+    assert effective_rank(square) == pytest.approx(2, abs=1e-3)    # two equal singular values
+
+
+# ------------------------------------------------------------------------------ phi, t, and pixels
 
 
 def quarter_turn(size):
@@ -142,60 +194,87 @@ def quarter_turn(size):
     return F.affine_grid(theta, (1, 1, size, size), align_corners=False)
 
 
+def pointwise(x):
+    """A map of single pixels: [B, 3, S, S] -> [B, 3, S, S]."""
+    return torch.stack([x.prod(1), x[:, 0].exp() - x[:, 1], (7 * x[:, 2]).sin()], 1)
+
+
 def test_moving_features_is_moving_the_image():
     torch.manual_seed(0)
-    x, turn = torch.rand(1, 3, 8, 8), quarter_turn(8)
+    x = torch.rand(1, 3, 8, 8)
+    turn = quarter_turn(8)
     turned = common.warp(x, turn)
-    assert torch.allclose(turned, x.rot90(1, (2, 3)), atol=1e-6) or torch.allclose(turned, x.rot90(-1, (2, 3)), atol=1e-6)
-    f = lambda x: torch.stack([x.prod(1), x[:, 0].exp() - x[:, 1], (7 * x[:, 2]).sin()], 1)              # pointwise: exact
-    assert torch.allclose(common.warp(f(x), turn), f(common.warp(x, turn)), atol=1e-5)
-    f = torch.nn.Conv2d(3, 4, 1, bias=False)                                                             # linear: for any phi
+    ways = [x.rot90(1, (2, 3)), x.rot90(-1, (2, 3))]
+    assert any(torch.allclose(turned, way, atol=1e-6) for way in ways)
+    # a pointwise f: exact for a turn by 90 degrees
+    assert torch.allclose(common.warp(pointwise(x), turn), pointwise(turned), atol=1e-5)
+    # a linear f: exact for any phi
+    linear = torch.nn.Conv2d(3, 4, 1, bias=False)
     grid, _ = random_affine(1, 8, 1.5, (.4, .9), CPU)
-    assert torch.allclose(common.warp(f(x), grid), f(common.warp(x, grid)), atol=1e-6)
+    assert torch.allclose(common.warp(linear(x), grid), linear(common.warp(x, grid)), atol=1e-6)
 
 
+@torch.no_grad()
 def test_a_real_network_turned():
     """A U-Net whose kernels are made symmetric commutes with rotations by 90 degrees."""
     torch.manual_seed(0)
-    f = pix2rep.Backbone(1, pix2rep.parse_options(["--width", "4", "--dim", "8", "--depth", "2"]))         # batch statistics
+    f = pix2rep.Backbone(1, width=4, depth=2, dim=8)               # with batch statistics
     for m in f.modules():
         if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
-            with torch.no_grad():
-                m.weight.copy_(sum(m.weight.rot90(k, (2, 3)) for k in range(4)) / 4)
-    x, turn = torch.rand(1, 1, 16, 16), quarter_turn(16)
-    with torch.no_grad():
-        moved, other = common.warp(f(x), turn), f(common.warp(x, turn))
-        assert torch.allclose(moved, other, atol=1e-3) and moved.std(dim=(2, 3)).max() > .1
-        a, b = pixel_pairs(f(x), f(common.warp(x, turn)), turn, torch.ones(1, 16, 16, dtype=torch.bool), 64)
-        assert torch.allclose(a, b, atol=1e-3)                                                           # sampled pixels as well
-        wrong = pixel_pairs(f(x), f(common.warp(x, turn)), turn.flip(-1), torch.ones(1, 16, 16, dtype=torch.bool), 64)
-        assert not torch.allclose(*wrong, atol=.1)                                                     # x and y exchanged
+            m.weight.copy_(sum(m.weight.rot90(k, (2, 3)) for k in range(4)) / 4)
+    x = torch.rand(1, 1, 16, 16)
+    turn = quarter_turn(16)
+    before = f(x)
+    after = f(common.warp(x, turn))
+    moved = common.warp(before, turn)
+    assert torch.allclose(moved, after, atol=1e-3)
+    assert moved.std(dim=(2, 3)).max() > .1
+    every = torch.ones(1, 16, 16, dtype=torch.bool)
+    a, b = pixel_pairs(before, after, turn, every, 64)             # sampled pixels as well
+    assert torch.allclose(a, b, atol=1e-3)
+    a, b = pixel_pairs(before, after, turn.flip(-1), every, 64)    # x and y exchanged
+    assert not torch.allclose(a, b, atol=.1)
 
 
-def test_no_pixel_from_outside_the_image():
+@pytest.mark.parametrize("rotation, scale", [(math.pi / 2, (.33, .95)), (math.pi, (.9, 1.)),
+                                             (0., (1., 1.))])
+def test_no_pixel_from_outside_the_image(rotation, scale):
     torch.manual_seed(0)
-    for rotation, scale in ((math.pi / 2, (.33, .95)), (math.pi, (.9, 1.)), (0., (1., 1.))):
-        grid, valid = random_affine(64, 16, rotation, scale, CPU)
-        inside = common.warp(torch.ones(64, 1, 16, 16), grid)[:, 0]                                      # below 1 where 0 flows in
-        assert (inside[valid] > 1 - 1e-5).all() and valid.any(2).any(1).all()
-        place = torch.rand(64, 2, 16, 16)
-        for n in (128, None):
-            a, b = pixel_pairs(torch.cat([place, torch.ones(64, 1, 16, 16)], 1), torch.cat([place, valid[:, None].float()], 1), grid, valid, n)
-            assert (a[:, 2] > 1 - 1e-5).all() and (b[:, 2] == 1).all() and len(a) == (n or valid.sum())
-    assert valid.all()                                                                                   # the identity loses nothing
-    grid, valid = random_affine(64, 16, math.pi, (.9, 1.), CPU)
-    assert .5 < valid.float().mean() < 1                                                                 # and rotation some
+    grid, valid = random_affine(64, 16, rotation, scale, CPU)
+    ones = torch.ones(64, 1, 16, 16)
+    inside = common.warp(ones, grid)[:, 0]                         # below 1 where 0 flows in
+    assert (inside[valid] > 1 - 1e-5).all()
+    assert valid.flatten(1).any(1).all()                           # every image has valid pixels
+    place = torch.rand(64, 2, 16, 16)
+    f_a = torch.cat([place, ones], 1)
+    f_b = torch.cat([place, valid[:, None].float()], 1)
+    for n in (128, None):
+        a, b = pixel_pairs(f_a, f_b, grid, valid, n)
+        assert (a[:, 2] > 1 - 1e-5).all()
+        assert (b[:, 2] == 1).all()
+        assert len(a) == (n or valid.sum())
+
+
+def test_the_mask_is_not_too_strict():
+    torch.manual_seed(0)
+    _, valid = random_affine(64, 16, 0., (1., 1.), CPU)
+    assert valid.all()                                             # the identity loses nothing
+    _, valid = random_affine(64, 16, math.pi, (.9, 1.), CPU)
+    assert .5 < valid.float().mean() < 1                           # and rotation some
 
 
 def test_sampled_pixels_are_those_of_the_whole_map():
-    """The n sampled pairs of vectors are among the pairs of all valid pixels, evenly from every image."""
+    """The n sampled pairs are among the pairs of all valid pixels, evenly from every image."""
     torch.manual_seed(0)
     f_a, f_b = torch.randn(2, 4, 6, 8, 8)
     grid, valid = random_affine(4, 8, 1., (.5, 1.), CPU)
     a, b = pixel_pairs(f_a, f_b, grid, valid, 40)
     every_a, every_b = pixel_pairs(f_a, f_b, grid, valid)
-    assert a.shape == b.shape == (40, 6) and len(every_a) == valid.sum()
-    near = (torch.cat([a, b], 1)[:, None] - torch.cat([every_a, every_b], 1)).norm(dim=2).min(1)
+    assert a.shape == b.shape == (40, 6)
+    assert len(every_a) == valid.sum()
+    sampled = torch.cat([a, b], 1)                                 # [40, 12]
+    every = torch.cat([every_a, every_b], 1)                       # [P, 12]
+    near = (sampled[:, None] - every).norm(dim=2).min(1)
     assert near.values.max() < 1e-4
     image = torch.arange(4)[:, None, None].expand(4, 8, 8)[valid]
     assert image[near.indices].bincount().tolist() == [10] * 4
@@ -204,254 +283,487 @@ def test_sampled_pixels_are_those_of_the_whole_map():
 def test_the_crop_lies_inside_and_turns_and_flips():
     torch.manual_seed(0)
     grid, valid = random_affine(500, 16, 0., (.33, .95), CPU)
-    assert grid.abs().max() <= 1 and valid.float().mean() > .9                                           # but for half a pixel at the border
-    side = (grid[:, 0, 0] - grid[:, -1, -1]).abs() / (2 - 2 / 16)                                        # [500, 2]
-    assert .33 <= side.min() and side.max() <= .95 and side.std() > .1
-    right, down = grid[:, 0, -1, 0] > grid[:, 0, 0, 0], grid[:, -1, 0, 1] > grid[:, 0, 0, 1]
-    assert all(.4 < x.float().mean() < .6 for x in (right, down, right == down))
+    assert grid.abs().max() <= 1
+    assert valid.float().mean() > .9                               # but half a pixel at the border
+    side = (grid[:, 0, 0] - grid[:, -1, -1]).abs() / (2 - 2 / 16)  # [500, 2]
+    assert .33 <= side.min()
+    assert side.max() <= .95
+    assert side.std() > .1
+    right = grid[:, 0, -1, 0] > grid[:, 0, 0, 0]
+    down = grid[:, -1, 0, 1] > grid[:, 0, 0, 1]
+    for share in (right, down, right == down):                     # and the flips are independent
+        assert .4 < share.float().mean() < .6
+
+
+def test_inversion():
+    torch.manual_seed(0)
     x = torch.rand(50, 1, 16, 16)
     t = pix2rep.random_intensity(x, 1.)
-    assert (torch.corrcoef(torch.stack([x.flatten(), t.flatten()]))[0, 1]) < -.5
+    both = torch.stack([x.flatten(), t.flatten()])
+    assert torch.corrcoef(both)[0, 1] < -.5
     torch.manual_seed(3)
     t = pix2rep.random_intensity(x, 0.)
     torch.manual_seed(3)
     assert torch.equal(t, common.photometric(x))
 
 
-# ------------------------------------------------------------------------------------------------ probing, Mean Teacher
+# ------------------------------------------------------------------------- probing, Mean Teacher
 
 
-@pytest.fixture(scope="module")
-def setting(phantom, tmp_path_factory):
-    """(options, cases, dataset) of the tiny phantom."""
-    o = pix2rep.parse_options(["--data", str(phantom), *TINY])
-    cases = data.find_cases(phantom)
-    pix2rep.resolve(o, cases)
-    return o, cases, common.prepare(cases, o.spacing, o.size, tmp_path_factory.mktemp("cache"))
+@pytest.fixture
+def begun(finished, phantom, tmp_path):
+    """begun(words ...) -> a `Run` of the tiny phantom with these options, ready to train."""
+    cache = finished("pix2rep")[1] / "cache"
+    runs = []
+
+    def of(*words):
+        out = tmp_path / f"run{len(runs)}"
+        _, run_ = started("pix2rep", "--data", phantom, "--cache", cache, "--out", out, *words)
+        runs.append(run_)
+        return run_
+    return of
 
 
-def test_linear_probing_leaves_the_backbone(setting, tmp_path):
-    o, cases, dataset = setting
+def start_of(f):
+    """What pretrained.pt would hold of a backbone f."""
+    return {"unet": f.unet.state_dict(), "parts": ["encoder", "decoder"],
+            "widen": f.widen.state_dict()}
+
+
+def test_linear_probing_leaves_the_backbone(begun):
+    run_ = begun()
     torch.manual_seed(5)
-    f = pix2rep.Backbone(1, o)
-    f(torch.rand(8, 1, 32, 32))                                                                          # running statistics of its own
-    start = {"unet": f.unet.state_dict(), "parts": ["encoder", "decoder"], "widen": f.widen.state_dict()}
+    f = pix2rep.load_backbone(run_)
+    f(torch.rand(8, 1, 32, 32))                                    # running statistics of its own
     want = {k: v.clone() for k, v in f.state_dict().items() if not k.startswith("unet.head")}
-    net = pix2rep.linear_probe("x", dataset, np.arange(10), np.arange(20), 4, 0, o, CPU, tmp_path, start)
+    patients = run_.split["labelled"][:1]
+    net = pix2rep.linear_probe(run_, Row("probe", 1, 0), patients, start_of(f))
     got = net[0].state_dict()
-    assert all(torch.equal(got[k], v) for k, v in want.items()) and not net[0].training
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+    assert not net[0].training
+    torch.manual_seed(0)                                           # the head as it was drawn
+    pix2rep.load_backbone(run_)
+    head = torch.nn.Conv2d(run_.o.dim, 4, 1)
+    assert not torch.equal(net[1].weight, head.weight)             # has learnt
+
+
+def test_a_random_backbone_has_statistics_of_training_slices(begun):
+    run_ = begun()
+    patients = run_.split["labelled"][:1]
+    net = pix2rep.linear_probe(run_, Row("random-probe", 1, 0), patients)
     torch.manual_seed(0)
-    pix2rep.Backbone(1, o)
-    assert not torch.equal(net[1].weight, torch.nn.Conv2d(o.dim, 4, 1).weight)                           # but the head has learnt
-    random = pix2rep.linear_probe("x", dataset, np.arange(10), np.arange(20), 4, 0, o, CPU, tmp_path)
-    assert any(k.endswith("running_mean") and v.abs().max() > 0 for k, v in random[0].state_dict().items())
+    want = pix2rep.load_backbone(run_).state_dict()
+    moved = 0
+    for name, value in net[0].state_dict().items():
+        if name.endswith("running_mean"):
+            moved += value.abs().max() > 0
+        elif name.endswith("weight") or name.endswith("bias"):
+            assert torch.equal(value, want[name]), name            # random, and frozen
+        elif name.endswith("num_batches_tracked"):
+            assert value == 20
+    assert moved > 0
 
 
-def test_pretrained_weights_reach_the_fine_tuned_network(setting, tmp_path):
-    o, cases, dataset = setting
+def test_pretrained_weights_reach_the_fine_tuned_network(begun):
+    run_ = begun("--pretrained-lr", 0, "--head-lr", 0, "--lr", 0)
     torch.manual_seed(5)
-    f, still = pix2rep.Backbone(1, o), pix2rep.parse_options([*TINY, "--backbone-lr", "0", "--head-lr", "0", "--lr", "0"])
-    pix2rep.resolve(still, cases)
-    start = {"unet": f.unet.state_dict(), "parts": ["encoder", "decoder"], "widen": f.widen.state_dict()}
-    tuned = pix2rep.finetune("x", dataset, np.arange(10), None, 4, 0, still, CPU, tmp_path, start)
-    scratch = pix2rep.finetune("x", dataset, np.arange(10), None, 4, 0, still, CPU, tmp_path)
-    for (k, v), s in zip(tuned.named_parameters(), scratch.parameters()):
-        assert torch.equal(v, s) if k.startswith("head") else torch.equal(v, start["unet"][k])
-        assert k.startswith("head") or v.ndim < 4 or not torch.equal(v, s)
+    start = start_of(pix2rep.load_backbone(run_))
+    patients = run_.split["labelled"][:1]
+    tuned = pix2rep.finetune(run_, Row("pix2rep", 1, 0), patients, start)
+    scratch = pix2rep.finetune(run_, Row("scratch", 1, 0), patients)
+    for (name, value), fresh in zip(tuned.named_parameters(), scratch.parameters()):
+        if name.startswith("head"):
+            assert torch.equal(value, fresh), name
+        else:
+            assert torch.equal(value, start["unet"][name]), name
+            assert value.ndim < 4 or not torch.equal(value, fresh), name
 
 
-def test_the_teacher_is_the_moving_average(setting, tmp_path):
-    o, cases, _ = setting
+@pytest.mark.parametrize("still, moves", [("--pretrained-lr", "head"), ("--head-lr", "encoder")])
+def test_backbone_and_head_have_rates_of_their_own(still, moves, begun):
+    run_ = begun(still, 0)
+    torch.manual_seed(5)
+    start = start_of(pix2rep.load_backbone(run_))
     torch.manual_seed(0)
-    student, teacher = common.UNet(1, 4, 4), common.UNet(1, 4, 4)
+    drawn = run_.unet().state_dict()
+    patients = run_.split["labelled"][:1]
+    tuned = pix2rep.finetune(run_, Row("pix2rep", 1, 0), patients, start)
+    for name, value in tuned.named_parameters():
+        if value.ndim == 4:
+            first = drawn[name] if name.startswith("head") else start["unet"][name]
+            moved = not torch.equal(value, first)
+            assert moved == (name.startswith("head") == (moves == "head")), name
+
+
+def test_the_teacher_is_the_moving_average():
+    torch.manual_seed(0)
+    student = common.UNet(1, 4, 4)
+    teacher = common.UNet(1, 4, 4)
     old = {k: v.double().clone() for k, v in teacher.state_dict().items()}
     student(torch.rand(4, 1, 32, 32))
+    new = student.state_dict()
     pix2rep.update_teacher(teacher, student, .9)
-    for k, v in teacher.state_dict().items():
-        new = student.state_dict()[k]
-        want = .9 * old[k] + .1 * new.double() if v.is_floating_point() else new
-        assert torch.allclose(v.double(), want.double(), atol=1e-6), k
+    for name, value in teacher.state_dict().items():
+        want = new[name].double()
+        if value.is_floating_point():
+            want = .9 * old[name] + .1 * want
+        assert torch.allclose(value.double(), want, atol=1e-6), name
     pix2rep.update_teacher(teacher, student, 0.)
-    assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), student.state_dict().values()))
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, new[name]), name
 
 
-def test_mean_teacher_by_hand_and_unlabelled_slices_count(setting, tmp_path):
-    logits = torch.tensor([[[[0.]], [[math.log(3.)]]]])                                                  # probabilities 1/4, 3/4
-    assert pix2rep.consistency_loss(logits, torch.tensor([[[[.5]], [[.5]]]])).item() == pytest.approx(2 * .25 ** 2)
+def test_mean_teacher_by_hand():
+    logits = torch.tensor([[[[0.]], [[math.log(3.)]]]])            # probabilities 1/4, 3/4
+    half = torch.tensor([[[[.5]], [[.5]]]])
+    assert pix2rep.consistency_loss(logits, half).item() == pytest.approx(2 * .25 ** 2)
     assert pix2rep.consistency_loss(logits, logits.softmax(1)).item() == 0
-    o, cases, dataset = setting
-    nets = [pix2rep.finetune("x", dataset, np.arange(10), unlabelled, 4, 0, o, CPU, tmp_path, None, True)
-            for unlabelled in (np.arange(10, 20), np.arange(10, 20), np.arange(20, 30))]
-    weight = [n.encoder.blocks[0][0].weight for n in nets]
-    assert torch.equal(weight[0], weight[1]) and not torch.equal(weight[0], weight[2])
+    assert pix2rep.ramp(0, 10) == pytest.approx(math.exp(-5))
+    assert pix2rep.ramp(5, 10) == pytest.approx(math.exp(-1.25))
+    assert pix2rep.ramp(10, 10) == pix2rep.ramp(25, 10) == 1
+
+
+def test_unlabelled_slices_count_for_the_teacher_only(begun):
+    run_ = begun()
+    patients = run_.split["labelled"][:1]
+    weights = {}
+    for method in ("scratch", "scratch-mt"):
+        for name, unlabelled in (("one", np.arange(10, 20)), ("again", np.arange(10, 20)),
+                                 ("other", np.arange(20, 30))):
+            run_.train = unlabelled
+            net = pix2rep.finetune(run_, Row(method, 1, 0), patients)
+            weights[method, name] = net.encoder.blocks[0][0].weight
+    assert torch.equal(weights["scratch-mt", "one"], weights["scratch-mt", "again"])
+    assert not torch.equal(weights["scratch-mt", "one"], weights["scratch-mt", "other"])
+    assert torch.equal(weights["scratch", "one"], weights["scratch", "other"])
+
+
+def test_a_teacher_is_kept_only_where_there_is_one(begun):
+    """finetuning.pt has the student, and with Mean Teacher the teacher as well, who is frozen."""
+    run_ = begun()
+    patients = run_.split["labelled"][:1]
+    nets = {}
+    for method, modules in (("scratch", 1), ("scratch-mt", 2)):
+        nets[method] = pix2rep.finetune(run_, Row(method, 1, 0), patients)
+        state = common.load_checkpoint(run_.out / "finetuning.pt")
+        assert len(state["modules"]) == modules
+    assert all(p.requires_grad for p in nets["scratch"].parameters())
+    assert not any(p.requires_grad for p in nets["scratch-mt"].parameters())
+    teacher = nets["scratch-mt"].state_dict()
+    for name, value in state["modules"][1].items():
+        assert torch.equal(value, teacher[name]), name
+
+
+@pytest.mark.parametrize("method", ["random-probe", "scratch-mt"])
+def test_a_probe_and_a_teacher_go_on_in_the_middle(method, begun, monkeypatch):
+    """Interrupted at step 2 of 4 and resumed: the weights of the undisturbed training."""
+    run_ = begun("--steps", 4, "--probe-steps", 4, "--save-every", 2)
+    row = Row(method, 1, 0)
+    patients = run_.split["labelled"][:1]
+    train = pix2rep.linear_probe if method.endswith("probe") else pix2rep.finetune
+    whole = train(run_, row, patients)
+    save = common.save_checkpoint
+
+    def save_and_stop(path, **content):
+        save(path, **content)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save_checkpoint", save_and_stop)
+        train(run_, row, patients)
+    assert common.load_checkpoint(run_.out / "finetuning.pt")["step"] == 2
+    run_.o.resume = True
+    assert same_weights(train(run_, row, patients).state_dict(), whole.state_dict())
+
+
+def same_weights(a, b):
+    """Whether two state dicts are equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------ few-shot and saved annotation
 
 
 def test_few_shot_takes_every_group_equally():
-    case = lambda p, g: data.Case(f"{p}_0", p, [], None, g)
     patients = [f"p{n:02}" for n in range(20)]
-    cases = [case(p, "ABCDE"[n // 4]) for n, p in enumerate(patients)]
-    group = {c.patient: c.group for c in cases}
-    assert few_shot(cases, patients, 3) == patients[:3] and few_shot(cases, patients, 7) == patients[:7]
+    group = {p: "ABCDE"[n // 4] for n, p in enumerate(patients)}
+    cases = [data.Case(f"{p}_0", p, [], None, group[p]) for p in patients]
+    assert few_shot(cases, patients, 3) == patients[:3]
+    assert few_shot(cases, patients, 7) == patients[:7]
     for n in (5, 10, 20):
         got = few_shot(cases, patients, n)
-        assert len(set(got)) == n and all([group[p] for p in got].count(g) == n // 5 for g in "ABCDE")
+        assert len(set(got)) == n
+        for g in "ABCDE":
+            assert [group[p] for p in got].count(g) == n // 5
     assert few_shot(cases, patients, 5) == ["p00", "p04", "p08", "p12", "p16"]
-    assert few_shot([case(p, "") for p in patients], patients, 5) == patients[:5]                        # no groups known
-
-
-def test_labels_needed():
-    row = lambda method, n, dice: {"method": method, "labelled": n, "mean_dice": {"mean": dice}}
-    summary = [row("scratch", 1, .5), row("scratch", 4, .7), row("scratch", 16, .8), row("pix2rep", 1, .7)]
-    assert labels_needed(summary, .7) == pytest.approx(4) and labels_needed(summary, .6) == pytest.approx(2)
-    assert labels_needed(summary, .4) == 1 and labels_needed(summary, .9) == math.inf
-    assert labels_needed(summary, .75) == pytest.approx(8)
-
-
-def test_the_papers_configuration(setting):
-    o = pix2rep.parse_options(["--data", "x", "--paper"])
-    assert (o.width, o.depth, o.dim, o.projection, o.size, o.pixels, o.temperature) == (64, 5, 1024, 256, 128, 1000, .53)
-    assert pix2rep.parse_options(["--paper", "--temperature", ".1"]).temperature == .1                   # a given option wins
-    small = pix2rep.parse_options(["--data", "x", "--paper", "--width", "4", "--dim", "32"])
-    pix2rep.resolve(small, setting[1])
-    f = pix2rep.Backbone(1, small).eval()
-    assert f(torch.rand(1, 1, 64, 64)).shape == (1, 32, 64, 64) and len(f.unet.encoder.blocks) == 6
-
-
-# ------------------------------------------------------------------------------------------------ the script
-
-
-@pytest.fixture(scope="module")
-def finished(phantom, tmp_path_factory):
-    """A finished tiny run with Mean Teacher: (its folder, the work folder with the cache, what it printed)."""
-    work = tmp_path_factory.mktemp("work")
-    done = run("pix2rep.py", "--data", phantom, *TINY, "--seeds", 0, "--labelled", 1, 2, "--mean-teacher", "--out", "out", cwd=work)
-    assert done.returncode == 0, done.stderr
-    return work / "out", work, done.stdout
-
-
-def test_what_a_run_writes(finished):
-    out, _, printed = finished
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert [(r["labelled"], r["seed"], r["method"]) for r in metrics["rows"]] == [
-        (n, 0, w) for n in (1, 2) for w in pix2rep.WAYS + pix2rep.TEACHER_WAYS]
-    assert len(metrics["gains"]) == 10 and metrics["seconds"]["pretrain"] > 0
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    first = next(r for r in log if r["phase"] == "pretrain")
-    assert first["chance"] == pytest.approx(math.log(2 * 64 - 1)) and {"loss", "found", "found_chance", "rank", "step"} <= set(first)
-    assert any("consistency" in r for r in log if r["phase"] == "pix2rep-mt_n1_s0")
-    assert {f.name for f in (out / "figures").iterdir()} == {"dice.png", "overlays.png", "similarity.png", "embeddings.png",
-                                                              "annotation_saved.png"}
-    assert "| 2 | pix2rep-mt |" in printed and "annotation saved: pix2rep with 1" in printed and "1 labelled: phantom" in printed
-    start = common.load_checkpoint(out / "pretrained.pt")
-    assert start["parts"] == ["encoder", "decoder"]
-    common.load_weights(common.UNet(1, 4, 4), start["unet"], start["parts"])                             # starts a plain U-Net
-
-
-def test_the_same_command_gives_the_same_numbers_and_scratch_is_read(finished, phantom):
-    """Another loss: the rows from scratch are those of the first run, whether trained again or read with --scratch."""
-    out, work, _ = finished
-    rows = {}
-    for name, extra in (("again", []), ("read", ["--scratch", "out"])):
-        done = run("pix2rep.py", "--data", phantom, *TINY, "--seeds", 0, "--labelled", 1, "--loss", "barlow", "--mean-teacher", *extra,
-                   "--out", name, cwd=work)
-        assert done.returncode == 0, done.stderr
-        rows[name] = [(t["method"], t["dice"]) for t in csv.DictReader((work / name / "per_volume.csv").open())]
-        assert (work / name / "scratch_n1_s0.pt").exists() == (name == "again")
-    assert rows["again"] == rows["read"]
-    first = [(t["method"], t["dice"]) for t in csv.DictReader((out / "per_volume.csv").open()) if (t["labelled"], t["seed"]) == ("1", "0")]
-    own = {"scratch", "random-probe", "scratch-mt"}
-    assert [r for r in first if r[0] in own] == [r for r in rows["again"] if r[0] in own]
-    log = [json.loads(line) for line in (work / "again/log.jsonl").read_text().splitlines()]
-    assert log[0]["chance"] == 8                                                                         # Barlow: unrelated views give d
-    refused(run("pix2rep.py", "--data", phantom, *TINY, "--seeds", 0, "--scratch", "out", "--lr", ".01", "--out", "r", cwd=work), "lr =")
-
-
-def test_scratch_is_the_scratch_of_sal(setting, phantom, tmp_path):
-    """The same U-Net, seeds and steps: the baseline of all methods is one and the same."""
-    import sal
-    o, cases, dataset = setting
-    other = sal.parse_options(["--data", str(phantom), "--size", "32", "--spacing", "5", "--width", "4", "--steps", "4", "--batch", "4",
-                               "--windows", "2"])
-    sal.resolve(other, cases)
-    one = pix2rep.finetune("x", dataset, np.arange(10), None, 4, 0, o, CPU, tmp_path)
-    two = sal.finetune("x", dataset, np.arange(10), 4, 0, other, CPU, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
-
-
-def test_resume_adds_mean_teacher(finished, phantom):
-    out, work, _ = finished
-    go = lambda *extra: run("pix2rep.py", "--data", phantom, *TINY, "--seeds", 0, "--labelled", 1, "--out", "later", *extra, cwd=work)
-    assert go().returncode == 0
-    made = (work / "later/pix2rep_n1_s0.pt").stat().st_mtime_ns
-    done = go("--resume", "--mean-teacher")
-    assert done.returncode == 0 and "pix2rep-mt_n1_s0" in done.stdout and (work / "later/pix2rep_n1_s0.pt").stat().st_mtime_ns == made
-    rows = lambda file: [t for t in csv.DictReader(file.open()) if (t["labelled"], t["seed"]) == ("1", "0")]
-    assert rows(work / "later/per_volume.csv") == rows(out / "per_volume.csv")
-
-
-@pytest.mark.parametrize("flags", [["--loss", "barlow", "--precision", "bfloat16"], ["--depth", "3", "--inversion", ".5", "--crop", ".33", ".95"]])
-def test_options(flags, finished, phantom):
-    done = run("pix2rep.py", "--data", phantom, *TINY, "--seeds", 0, "--labelled", 2, *flags, "--out", "o" + flags[1], cwd=finished[1])
-    assert done.returncode == 0 and "annotation saved" in done.stdout, done.stderr
-
-
-def test_kill_and_resume(finished, phantom):
-    """Killed with SIGKILL in pre-training, probing and fine-tuning, and resumed: the numbers of the undisturbed run."""
-    out, work, _ = finished
-    command = [sys.executable, str(ROOT / "pix2rep.py"), "--data", str(phantom), *TINY, "--seeds", "0", "--labelled", "1", "2",
-               "--mean-teacher", "--out", "killed"]
-    killed = 0
-    for target in ("pretraining.pt", "pretrained.pt", "random-probe_n1_s0.pt", "finetuning.pt", "pix2rep-mt_n1_s0.pt", None):
-        resume = ["--resume"] if (work / "killed").exists() else []
-        process = subprocess.Popen(command + resume, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-        before = {f: f.stat().st_mtime_ns for f in (work / "killed").glob("*")} if resume else {}
-        while target and process.poll() is None:
-            file = work / "killed" / target
-            if file.exists() and before.get(file) != file.stat().st_mtime_ns:
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-                break
-            time.sleep(.002)
-        _, errors = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), errors
-    assert killed >= 4 and process.returncode == 0
-    assert (work / "killed/per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
-
-
-def test_predict_equals_the_scored_prediction(finished, phantom, tmp_path):
-    out, _, _ = finished
-    for way in ("probe", "pix2rep-mt"):
-        rows = [t for t in csv.DictReader((out / "per_volume.csv").open()) if (t["method"], t["labelled"], t["seed"]) == (way, "2", "0")]
-        case = rows[0]["case"]
-        done = run("pix2rep.py", "--predict", phantom / f"imagesTr/{case}.nii.gz", "--checkpoint", out / f"{way}_n2_s0.pt", "--out", tmp_path)
-        assert done.returncode == 0, done.stderr
-        pred = np.asarray(nib.load(tmp_path / f"predictions/{case}.nii.gz").dataobj)
-        truth = np.asarray(nib.load(phantom / f"labelsTr/{case}.nii.gz").dataobj)
-        want = [float(t["dice"]) for t in rows if t["case"] == case]
-        assert list(common.dice_score(pred, truth, [1, 2, 3]).values()) == pytest.approx(want, abs=.02)
-
-
-def test_bad_options(finished, phantom, tmp_path):
-    out, work, _ = finished
-    go = lambda *extra: run("pix2rep.py", "--data", phantom, *TINY, "--out", tmp_path / "o", *extra, cwd=work)
-    refused(go("--size", 40), "--size 40", "2^depth")
-    refused(go("--depth", 0), "--depth 0")
-    refused(go("--pixels", 4), "--pixels 4")
-    refused(go("--temperature", 0), "--temperature")
-    refused(go("--crop", .9, .3), "--crop 0.9 0.3")
-    refused(go("--scratch", tmp_path / "no"), "--scratch", "not the folder of a run")
-    refused(go("--labelled", 99), "--labelled 99", "only")
-    refused(go("--init", out / "pix2rep_n1_s0.pt"), "no weights to start from")
-    refused(go("--init", out / "pretrained.pt", "--dim", 16), "dim = 8, now 16")
-    common.save_checkpoint(work / "sal.pt", method="sal", options={}, unet={}, parts=["encoder"])
-    refused(go("--init", work / "sal.pt"), "checkpoint of sal, not of pix2rep")
-    assert not (tmp_path / "o").exists()
-    refused(run("pix2rep.py", "--predict", "x.nii", "--checkpoint", out / "pretrained.pt"), "no segmentation head", "pix2rep_n7_s0.pt")
+    unknown = [data.Case(f"{p}_0", p, [], None, "") for p in patients]
+    assert few_shot(unknown, patients, 5) == patients[:5]
 
 
 @pytest.mark.skipif(not (SHARED / "acdc").is_dir(), reason="real scans are not on this machine")
 def test_acdc_few_shot_by_group():
     cases = data.find_cases(SHARED / "acdc")
-    order, group = data.split_patients(cases)["labelled"], {c.patient: c.group for c in cases}
-    assert few_shot(cases, order, 7) == order[:7] and few_shot(cases, order, 1) == ["patient099"]
-    assert sorted(group[p] for p in few_shot(cases, order, 10)) == sorted(2 * ["DCM", "HCM", "MINF", "NOR", "RV"])
+    order = data.split_patients(cases)["labelled"]
+    group = {c.patient: c.group for c in cases}
+    assert few_shot(cases, order, 7) == order[:7]
+    assert few_shot(cases, order, 1) == ["patient099"]
+    ten = sorted(group[p] for p in few_shot(cases, order, 10))
+    assert ten == sorted(2 * ["DCM", "HCM", "MINF", "NOR", "RV"])
+
+
+def test_labels_needed():
+    summary = []
+    for method, n, dice in (("scratch", 16, .8), ("scratch", 1, .5), ("scratch", 4, .7),
+                            ("pix2rep", 1, .7)):
+        summary.append({"method": method, "labelled": n, "mean_dice": {"mean": dice}})
+    assert labels_needed(summary, .7) == pytest.approx(4)
+    assert labels_needed(summary, .6) == pytest.approx(2)
+    assert labels_needed(summary, .75) == pytest.approx(8)
+    assert labels_needed(summary, .4) == 1
+    assert labels_needed(summary, .9) == math.inf
+
+
+# --------------------------------------------------------------------------- the paper's numbers
+
+
+def paper_options(*words):
+    return common.parse_options("pix2rep", "", pix2rep.OPTIONS, ["--data", "x", "--paper", *words])
+
+
+def test_the_papers_configuration():
+    o = paper_options()
+    got = (o.width, o.depth, o.dim, o.projection, o.size, o.pixels, o.temperature, o.pretrained_lr)
+    assert got == (64, 5, 1024, 256, 128, 1000, .53, 5e-5)
+    assert paper_options("--temperature", ".1").temperature == .1  # what is typed wins
+    f = pix2rep.Backbone(1, 4, o.depth, 32).eval()
+    assert f(torch.rand(1, 1, 64, 64)).shape == (1, 32, 64, 64)
+    assert len(f.unet.encoder.blocks) == 6
+
+
+def test_paper_with_barlow_has_the_rate_of_v2(begun, capsys):
+    small = ["--paper", "--size", 64]
+    assert begun(*small).o.pretrain_lr == 4.7e-4
+    assert begun(*small, "--loss", "barlow").o.pretrain_lr == 5e-4
+    assert "5e-4, the rate of v2" in capsys.readouterr().out
+    typed = begun(*small, "--loss", "barlow", "--pretrain-lr", 1e-2)
+    assert typed.o.pretrain_lr == 1e-2
+
+
+# ------------------------------------------------------------------------------------- the script
+
+METHODS = ["scratch", "random-probe", "probe", "pix2rep", "scratch-mt", "pix2rep-mt"]
+
+
+def per_volume(folder):
+    """The lines of per_volume.csv as dicts."""
+    return list(csv.DictReader((folder / "per_volume.csv").open()))
+
+
+@pytest.fixture(scope="module")
+def taught(finished, phantom):
+    """The finished tiny run, to which --resume has added Mean Teacher: (folder, work, printed)."""
+    out, work, _ = finished("pix2rep")
+    shutil.copytree(out, work / "taught")
+    words = ["--data", phantom, *options("pix2rep"), "--labelled", 1, 2, "--seeds", 0, 1]
+    done = run("pix2rep", *words, "--resume", "--mean-teacher", "--out", "taught", cwd=work)
+    assert done.returncode == 0, done.stderr
+    return work / "taught", work, done.stdout
+
+
+@pytest.fixture(scope="module")
+def barlow_run(taught, phantom):
+    """Another loss, and the rows of one seed trained anew: its folder."""
+    work = taught[1]
+    done = run("pix2rep", "--data", phantom, *options("pix2rep"), "--loss", "barlow",
+               "--mean-teacher", "--out", "barlow", cwd=work)
+    assert done.returncode == 0, done.stderr
+    return work / "barlow"
+
+
+def test_what_pix2rep_writes(taught):
+    out, _, printed = taught
+    figures = {f.name for f in (out / "figures").iterdir()}
+    assert figures == {"dice.png", "overlays.png", "similarity.png", "embeddings.png",
+                       "annotation_saved.png"}
+    assert "annotation saved: pix2rep with 1" in printed
+    log = common.read_log(out)
+    first = next(r for r in log if r["phase"] == "pretrain")
+    assert first["chance"] == pytest.approx(math.log(2 * 64 - 1))  # 64 pixels: ln(2n - 1)
+    assert first["found_chance"] == 1 / 64
+    assert {"loss", "found", "rank", "step"} <= set(first)
+    first = next(r for r in log if r["phase"] == "probe_n1_s0")
+    assert first["cross_entropy_chance"] == pytest.approx(math.log(4))
+
+
+def test_pretrained_weights_start_a_plain_unet(finished):
+    start = common.load_checkpoint(finished("pix2rep")[0] / "pretrained.pt", "pix2rep")
+    assert start["parts"] == ["encoder", "decoder"]
+    taken, fresh = common.load_weights(common.UNet(1, 4, 4), start["unet"], start["parts"])
+    assert fresh == ["head.bias", "head.weight"]
+    assert "widen.0.weight" not in taken
+    assert start["widen"]["0.weight"].shape == (8, 4)              # D, width
+
+
+def test_resume_adds_mean_teacher(taught, finished, barlow_run):
+    out, _, printed = taught
+    before = finished("pix2rep")[0]
+    rows = json.loads((out / "metrics.json").read_text())["rows"]
+    got = [(r["labelled"], r["seed"], r["method"]) for r in rows]
+    assert got == [(n, s, m) for n in (1, 2) for s in (0, 1) for m in METHODS]
+    assert "| 2 | pix2rep-mt |" in printed
+    old = [t for t in per_volume(out) if not t["method"].endswith("-mt")]
+    assert old == per_volume(before)
+    for file in before.glob("*_n*.pt"):
+        assert (out / file.name).read_bytes() == file.read_bytes() # read, not trained again
+    log = common.read_log(out)
+    for method in ("scratch-mt", "pix2rep-mt"):
+        assert any("consistency" in r for r in log if r["phase"] == f"{method}_n1_s0")
+    assert not any("consistency" in r for r in log if r["phase"] == "pix2rep_n1_s0")
+
+
+def trained(folder, method):
+    """The weights of a row with one patient and seed 0; the Dice of tiny runs is too coarse."""
+    return common.load_checkpoint(folder / f"{method}_n1_s0.pt", "pix2rep")["unet"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_without_pretraining_do_not_depend_on_it(method, taught, barlow_run):
+    same = same_weights(trained(taught[0], method), trained(barlow_run, method))
+    assert same == (method in pix2rep.BASELINES)
+
+
+def test_the_log_of_barlow(barlow_run):
+    first = common.read_log(barlow_run)[0]
+    assert first["chance"] == 8                                    # unrelated views give d
+    assert "rank" in first
+
+
+def test_scratch_reads_all_rows_without_pretraining(taught, barlow_run, phantom):
+    out, work, _ = taught
+    words = ["--data", phantom, *options("pix2rep"), "--loss", "barlow", "--mean-teacher"]
+    done = run("pix2rep", *words, "--scratch", "taught", "--out", "read", cwd=work)
+    assert done.returncode == 0, done.stderr
+    made = {f.name for f in (work / "read").glob("*_n1_s0.pt")}
+    assert made == {"probe_n1_s0.pt", "pix2rep_n1_s0.pt", "pix2rep-mt_n1_s0.pt"}
+    for method in pix2rep.PRETRAINED:
+        assert same_weights(trained(work / "read", method), trained(barlow_run, method))
+    assert per_volume(work / "read") == per_volume(barlow_run)
+    assert not (work / "read/figures/annotation_saved.png").exists()       # one number of patients
+    refused(run("pix2rep", *words, "--scratch", "taught", "--lr", .03, "--out", "r", cwd=work),
+            "scratch_n1_s0.pt", "lr =")
+    refused(run("pix2rep", *words, "--scratch", "taught", "--dim", 16, "--out", "r2", cwd=work),
+            "random-probe_n1_s0.pt", "dim =")
+    refused(run("pix2rep", *words, "--scratch", "taught", "--teacher-weight", 1, "--out", "r3",
+                cwd=work), "scratch-mt_n1_s0.pt", "teacher_weight =")
+
+
+def test_scratch_of_another_script(finished, phantom):
+    """The row scratch of sal.py is read, and the random backbone, which it has not, is trained."""
+    out, work, _ = finished("sal")
+    words = ["--data", phantom, *options("pix2rep"), "--scratch", out]
+    done = run("pix2rep", *words, "--out", "sals", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert not (work / "sals/scratch_n1_s0.pt").exists()
+    own = finished("pix2rep")[0]
+    assert same_weights(trained(work / "sals", "random-probe"), trained(own, "random-probe"))
+    want = [t for t in per_volume(out) if t["method"] == "scratch"]
+    want = [t for t in want if (t["labelled"], t["seed"]) == ("1", "0")]
+    assert [t for t in per_volume(work / "sals") if t["method"] == "scratch"] == want
+    refused(run("pix2rep", *words, "--depth", 3, "--out", "shallow", cwd=work), "depth =")
+
+
+def test_init_skips_pretraining(finished, phantom):
+    out, work, _ = finished("pix2rep")
+    words = ["--data", phantom, *options("pix2rep")]
+    done = run("pix2rep", *words, "--init", out / "pretrained.pt", "--out", "init", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert not (work / "init/pretrained.pt").exists()
+    for method in ("scratch", "random-probe", "probe", "pix2rep"):
+        assert same_weights(trained(work / "init", method), trained(out, method))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--loss", "barlow", "--precision", "bfloat16"],
+    ["--depth", 3, "--inversion", .5, "--crop", .33, .95],
+])
+def test_options(flags, finished, phantom):
+    _, work, _ = finished("pix2rep")
+    words = ["--data", phantom, *options("pix2rep"), *flags, "--labelled", 2]
+    done = run("pix2rep", *words, "--out", f"o{flags[1]}", cwd=work)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((work / f"o{flags[1]}/options.json").read_text())
+    assert made[flags[0].strip("-")] == flags[1]
+    assert "| 2 | probe |" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["random-probe", "pix2rep-mt"])
+def test_predict_with_a_probe_and_a_teacher(method, taught, begun, phantom, tmp_path):
+    """--predict gives the label map of the checkpoint, here with a head drawn at random."""
+    content = common.load_checkpoint(taught[0] / f"{method}_n2_s0.pt")
+    torch.manual_seed(0)
+    for name in {"1.weight", "head.weight"} & content["unet"].keys():
+        content["unet"][name].normal_()                            # else all is background
+    common.save_checkpoint(tmp_path / "net.pt", **content)
+    run_ = begun()
+    case = run_.cases[0].name
+    done = run("pix2rep", "--predict", phantom / f"imagesTr/{case}.nii.gz",
+               "--checkpoint", tmp_path / "net.pt", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    pred = np.asarray(nib.load(tmp_path / f"predictions/{case}.nii.gz").dataobj)
+    info = run_.dataset.info["cases"][0]
+    assert info["name"] == case
+    images = run_.dataset.image(np.arange(info["shape"][0]))
+    want = common.predict(pix2rep.build(content), images, info["shape"], info["spacing"],
+                          run_.o.spacing)
+    got = np.bincount(pred.ravel(), minlength=4)                   # voxels of each class
+    want = want.flatten().bincount(minlength=4).numpy()
+    assert (want > .01 * want.sum()).sum() >= 2
+    assert abs(got - want).sum() < .02 * want.sum()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_build_gives_back_the_network(method, begun):
+    """From a row's checkpoint: the network that was scored."""
+    run_ = begun()
+    row = Row(method, 1, 0)
+    patients = run_.split["labelled"][:1]
+    train = pix2rep.linear_probe if method.endswith("probe") else pix2rep.finetune
+    run_.begun = 0
+    net = train(run_, row, patients)
+    run_.score(row, patients, net)
+    built = pix2rep.build(common.load_checkpoint(run_.out / f"{row.name}.pt")).eval()
+    x = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(built(x), net.eval()(x), atol=1e-5)
+    assert same_weights(built.state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--size", 48, "--depth", 5], "--size 48: use a multiple of 32"),
+    (["--depth", 0], "--depth 0"),
+    (["--loss", "simclr"], "--loss simclr: use infonce or barlow"),
+    (["--pixels", 4], "--pixels 4: .* 8 or more"),
+    (["--temperature", 0], "--temperature 0.0"),
+    (["--crop", .9, .3], "--crop 0.9 0.3"),
+    (["--crop", .9], "--crop 0.9: "),
+    (["--projection", 0], "--projection must be 1 or more"),
+    (["--probe-steps", 0], "--probe-steps, .* must be 1 or more"),
+    (["--mean-teacher", "--batch", 1], "--batch 1: --mean-teacher needs 2"),
+])
+def test_bad_options_of_pix2rep(flags, message, begun, tmp_path):
+    with pytest.raises(common.DataError, match=message):
+        begun(*flags)
+    assert not list(tmp_path.iterdir())                            # nothing was begun
+
+
+def test_bad_starts(finished, begun, phantom, tmp_path):
+    out, work, _ = finished("pix2rep")
+    own = out / "pretrained.pt"
+    with pytest.raises(common.DataError, match="dim = 8, now 16"):
+        begun("--init", own, "--dim", 16)
+    assert not list(tmp_path.iterdir())
+    words = ["--data", phantom, *options("pix2rep"), "--out", tmp_path / "o"]
+    refused(run("pix2rep", *words, "--init", finished("sal")[0] / "pretrained.pt", cwd=work),
+            "checkpoint of sal, not of pix2rep")
+    assert not (tmp_path / "o").exists()

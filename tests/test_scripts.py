@@ -1,0 +1,352 @@
+"""The four scripts as a user runs them: what they write, bad input, kill, resume, predict."""
+import csv
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (ONE_THREAD, SCRIPTS, SHARED, command, options, refused, run, save, volume)
+
+import common
+import data
+
+# rows of a tiny run with one labelled patient and one seed, in the order of the table
+ROWS = {
+    "sal": ["scratch", "sal"],
+    "pix2rep": ["scratch", "random-probe", "probe", "pix2rep"],
+    "macl": ["scratch", "macl"],
+    "cct_r": ["scratch", "cct_r", "cct_r, Swin"],
+}
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def per_volume(folder):
+    """The lines of per_volume.csv as dicts."""
+    return list(csv.DictReader((folder / "per_volume.csv").open()))
+
+
+def test_names_of_the_tiny_runs_are_those_of_the_scripts():
+    for script in SCRIPTS:
+        assert importlib.import_module(script).METHOD == script
+
+
+# ----------------------------------------------------------------------------- what a run writes
+
+
+@every_script
+def test_what_a_run_writes(script, finished):
+    out, _, printed = finished(script)
+    metrics = json.loads((out / "metrics.json").read_text())
+    rows = [(r["method"], r["labelled"], r["seed"]) for r in metrics["rows"]]
+    assert rows == [(m, n, s) for n in (1, 2) for s in (0, 1) for m in ROWS[script]]
+    for r in metrics["rows"]:
+        assert len(r["patients"]) == r["labelled"]
+        assert set(r["dice"]) == {"RV", "Myo", "LV"}
+        assert r["n_volumes"] == 2
+        assert {"mean_dice", "hd95_mm", "assd_mm", "missed"} <= set(r)
+    assert all(s["n"] == 2 for s in metrics["summary"])
+    assert len(metrics["gains"]) == 2 * (len(ROWS[script]) - 1)
+    assert metrics["peak_memory_mb"] > 100
+    assert {"rule", "versions"} <= set(metrics)
+    assert all(seconds > 0 for seconds in metrics["seconds"].values())
+    assert json.loads((out / "options.json").read_text())["width"] == 4
+    assert "gain over scratch" in printed
+    assert "split 70 / 10 / 20" in printed
+    assert "figures/" in printed                                   # what to look at
+    assert {"dice.png", "overlays.png"} <= {f.name for f in (out / "figures").iterdir()}
+    assert not list(out.rglob("*partial*"))
+
+
+@every_script
+def test_means_follow_from_the_volumes(script, finished):
+    out, _, _ = finished(script)
+    table = per_volume(out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(table) == len(metrics["rows"]) * 2 * 3              # volumes, classes
+    for r in metrics["rows"]:
+        key = (r["method"], str(r["labelled"]), str(r["seed"]))
+        own = [t for t in table if (t["method"], t["labelled"], t["seed"]) == key]
+        dice = [np.nanmean([float(t["dice"]) for t in own if t["class"] == k]) for k in r["dice"]]
+        assert r["mean_dice"] == pytest.approx(np.mean(dice), abs=1e-9)
+
+
+@every_script
+def test_test_patients_are_never_trained_on(script, finished, phantom):
+    out, _, _ = finished(script)
+    split = data.split_patients(data.find_cases(phantom))
+    rows = json.loads((out / "metrics.json").read_text())["rows"]
+    scored = {t["patient"] for t in per_volume(out)}
+    assert scored == set(split["test"])
+    assert not scored & set(split["train"])
+    for r in rows:
+        assert set(r["patients"]) <= set(split["labelled"])
+
+
+@every_script
+def test_log_has_one_json_object_a_line(script, finished):
+    out, _, _ = finished(script)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    phases = {r["phase"] for r in log}
+    assert {"scratch_n1_s0", f"{script}_n2_s1"} <= phases
+    numbers = [v for r in log for v in r.values() if isinstance(v, float)]
+    assert np.isfinite(numbers).all()
+
+
+def test_scratch_is_the_same_in_all_scripts(finished):
+    """The same steps, seed and slices: the same Dice to the digit (cct_r has another batch)."""
+    def dice(script):
+        rows = json.loads((finished(script)[0] / "metrics.json").read_text())["rows"]
+        return [r["dice"] for r in rows if r["method"] == "scratch"]
+    assert dice("sal") == dice("pix2rep") == dice("macl")
+
+
+def test_scratch_of_cct_r_is_that_of_sal(finished, phantom):
+    _, work, _ = finished("sal")
+    words = ["--data", phantom, *options("sal"), "--batch", 8, "--labelled", 1, 2, "--seeds", 0, 1]
+    assert run("sal", *words, "--pretrain-steps", 1, "--out", "batch8", cwd=work).returncode == 0
+    want = [t for t in per_volume(finished("cct_r")[0]) if t["method"] == "scratch"]
+    got = [t for t in per_volume(work / "batch8") if t["method"] == "scratch"]
+    assert got == want
+
+
+@every_script
+def test_default_data_is_the_phantom(script, tmp_path, finished):
+    """Without --data the 80 volumes of the phantom, which the first script makes."""
+    cache = finished(script)[1] / "cache"
+    done = run(script, *options(script), "--cache", cache, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "80 volumes" in done.stdout
+    assert (tmp_path / "out/figures/overlays.png").exists()
+
+
+# ------------------------------------------------------------------------- repeat, kill and resume
+
+
+@every_script
+def test_kill_and_resume(script, finished, phantom):
+    """Killed again and again and resumed: the numbers of the undisturbed run, to the byte.
+
+    So the same command gives the same numbers, too.
+    """
+    out, work, _ = finished(script)
+    words = ["--data", phantom, *options(script), "--labelled", 1, 2, "--seeds", 0, 1]
+    words += ["--out", f"killed_{script}"]
+    killed = work / f"killed_{script}"
+    deaths = 0
+    targets = ["pretraining.pt", "scratch_n1_s0.pt", "finetuning.pt", f"{script}_n1_s1.pt", None]
+    for target in targets:
+        resume = ["--resume"] if killed.exists() else []
+        before = written(killed)
+        process = subprocess.Popen(command(script, *words, *resume), cwd=work, env=ONE_THREAD,
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while target and process.poll() is None:
+            if written(killed).get(target) != before.get(target):
+                process.send_signal(signal.SIGKILL)
+                deaths += 1
+                break
+            time.sleep(.002)
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+    assert deaths >= 3
+    assert process.returncode == 0
+    assert (killed / "per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
+
+
+def written(folder):
+    """{name: time of change} of the files of a folder."""
+    return {f.name: f.stat().st_mtime_ns for f in folder.glob("*") if f.is_file()}
+
+
+def test_a_resumed_run_may_have_more_rows(finished, phantom):
+    out, work, _ = finished("sal")
+    words = ["--data", phantom, *options("sal"), "--out", "grown"]
+    assert run("sal", *words, cwd=work).returncode == 0
+    done = run("sal", *words, "--labelled", 1, 2, "--seeds", 0, 1, "--resume", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert (work / "grown/per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
+
+
+# ------------------------------------------------------------------------------------ new volumes
+
+
+@every_script
+def test_predict(script, finished, tmp_path):
+    out, _, _ = finished(script)
+    image = volume(0, (40, 30, 5))[0]
+    one = save(tmp_path / "one.nii.gz", image, (1.5, 1.5, 8), "RAS")
+    two = save(tmp_path / "two.nii", image[..., :1], (1.5, 1.5, 8), "PSL")
+    network = out / f"{script}_n2_s0.pt"
+    done = run(script, "--predict", one, two, "--checkpoint", network, "--out", tmp_path / "p")
+    assert done.returncode == 0, done.stderr
+    for name, source in (("one", one), ("two", two)):
+        label = nib.load(tmp_path / f"p/predictions/{name}.nii.gz")
+        native = nib.load(source)
+        assert label.shape == native.shape
+        assert np.allclose(label.affine, native.affine)
+        assert label.get_data_dtype() == np.uint8
+        assert np.asarray(label.dataobj).max() <= 3
+
+
+@every_script
+def test_predict_equals_the_scored_prediction(script, finished, phantom, tmp_path):
+    out, _, _ = finished(script)
+    key = (script, "2", "0")
+    own = [t for t in per_volume(out) if (t["method"], t["labelled"], t["seed"]) == key]
+    case = own[0]["case"]
+    network = out / f"{script}_n2_s0.pt"
+    image = phantom / f"imagesTr/{case}.nii.gz"
+    run(script, "--predict", image, "--checkpoint", network, "--out", tmp_path)
+    pred = np.asarray(nib.load(tmp_path / f"predictions/{case}.nii.gz").dataobj)
+    truth = np.asarray(nib.load(phantom / f"labelsTr/{case}.nii.gz").dataobj)
+    want = {t["class"]: float(t["dice"]) for t in own if t["case"] == case}
+    got = common.dice_score(pred, truth, [1, 2, 3])
+    assert list(got.values()) == pytest.approx([want[k] for k in ("RV", "Myo", "LV")], abs=.02)
+
+
+def test_predict_names_a_header_that_says_nothing(finished, tmp_path):
+    out, _, _ = finished("sal")
+    image = volume(0, (40, 30, 5))[0]
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "silent.nii.gz")
+    words = ["--checkpoint", out / "sal_n2_s0.pt", "--out", tmp_path]
+    done = run("sal", "--predict", tmp_path / "silent.nii.gz", *words)
+    assert done.returncode == 0, done.stderr
+    assert "warning" in done.stdout
+    assert "silent" in done.stdout
+
+
+def test_init_from_another_methods_weights(finished, phantom):
+    out, work, _ = finished("sal")
+    content = common.load_checkpoint(out / "pretrained.pt")
+    del content["heads"]
+    content["method"] = "macl"
+    content["parts"] = ["encoder", "decoder"]
+    common.save_checkpoint(work / "macl.pt", **content)
+    words = ["--data", phantom, *options("sal"), "--init", work / "macl.pt", "--out", "init"]
+    done = run("sal", *words, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert not (work / "init/pretrained.pt").exists()
+    assert "macl gives" in done.stdout
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_paths_and_options(finished, phantom, tmp_path):
+    out, work, _ = finished("sal")
+
+    def go(*extra):
+        words = ["--data", phantom, *options("sal"), "--out", tmp_path / "o"]
+        return run("sal", *words, *extra, cwd=work)
+
+    refused(run("sal", "--data", tmp_path / "nothing", cwd=tmp_path), "does not exist")
+    refused(go("--labelled", 1, 99), "--labelled 99", "only")
+    refused(go("--labelled", 0), "--labelled", "1 or more")
+    refused(go("--size", 40), "--size 40", "multiple of 16")
+    refused(go("--scratch", tmp_path / "nothing"), "--scratch", "not the folder of a run")
+    refused(go("--device", "mps" if torch.cuda.is_available() else "cuda:7"), "not available")
+    refused(go("--init", out / "options.json"), "options.json", "not a checkpoint")
+    refused(go("--init", out / "sal_n1_s0.pt"), "no weights to start from")
+    refused(go("--init", out / "pretrained.pt", "--width", 8), "weights do not fit", "--width")
+    assert not (tmp_path / "o").exists()                           # nothing was begun
+    assert run("sal", "--winndows", 3).returncode == 2
+
+
+def test_bad_predictions(finished, tmp_path):
+    out, work, _ = finished("sal")
+    network = out / "sal_n1_s0.pt"
+
+    def go(script, file, *words):
+        return run(script, "--predict", tmp_path / file, "--out", tmp_path, *words, cwd=work)
+
+    refused(go("sal", "x.nii"), "--checkpoint")
+    refused(go("sal", "no.nii", "--checkpoint", network), "no.nii")
+    refused(go("sal", "x.nii", "--checkpoint", out / "pretrained.pt"), "no segmentation head")
+    refused(go("macl", "x.nii", "--checkpoint", network), "checkpoint of sal, not of macl")
+
+
+@every_script
+def test_a_run_is_never_overwritten_or_mixed(script, finished, phantom):
+    out, work, _ = finished(script)
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    words = ["--data", phantom, *options(script), "--labelled", 1, 2, "--seeds", 0, 1]
+    words += ["--out", script]
+    refused(run(script, *words, cwd=work), "holds a run already", "--resume")
+    refused(run(script, *words, "--resume", "--lr", 3, cwd=work), "lr = 0.01, now 3.0")
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+
+
+def test_bad_scan_among_good_ones(phantom, tmp_path):
+    shutil.copytree(phantom, tmp_path / "d")
+    file = tmp_path / "d/imagesTr/phantom003_ES.nii.gz"
+    file.write_bytes(file.read_bytes()[:2000])
+    done = run("sal", "--data", tmp_path / "d", *options("sal"), "--out", "o", cwd=tmp_path)
+    refused(done, "phantom003_ES.nii.gz", "not a readable")
+    assert not list((tmp_path / "cache").glob("*"))                # no half cache
+
+
+def test_a_validation_patient_without_label(phantom, tmp_path):
+    shutil.copytree(phantom, tmp_path / "d")
+    for file in (tmp_path / "d/labelsTr").glob("*"):
+        if file.name[:10] > "phantom002":
+            file.unlink()
+    done = run("sal", "--data", tmp_path / "d", *options("sal"), "--out", "o", cwd=tmp_path)
+    refused(done, "2 patients with labels")
+
+
+def test_unwritable_and_full_output(finished, phantom, tmp_path):
+    _, work, _ = finished("sal")
+    (tmp_path / "file").write_text("x")
+    done = run("sal", "--data", phantom, *options("sal"), "--out", tmp_path / "file/o", cwd=work)
+    refused(done, "cannot be written")
+
+    def full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))        # of one file
+
+    done = run("sal", "--data", phantom, *options("sal"), "--out", tmp_path / "full", cwd=work,
+               preexec_fn=full_disk)
+    refused(done, "cannot be written", "full")
+    assert json.loads((tmp_path / "full/options.json").read_text())
+    assert not list((tmp_path / "full").rglob("*partial*"))
+
+
+# ------------------------------------------------------------------------------------- real scans
+
+GRIDS = {"acdc": ["--spacing", 6], "Task04_Hippocampus": ["--size", 48, "--spacing", 1.5]}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="real scans are not on this machine")
+@pytest.mark.parametrize("name", ["acdc", "Task04_Hippocampus"])
+def test_real_scans(name, tmp_path):
+    """The whole script on real scans, a few steps."""
+    words = [*options("sal"), "--split", "val", *GRIDS[name], "--windows", 1, "--out", "o"]
+    done = run("sal", "--data", SHARED / name, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="real scans are not on this machine")
+@pytest.mark.parametrize("name", ["acdc", "Task04_Hippocampus"])
+def test_the_grid_keeps_the_truth(name):
+    """Labels on the network's grid and back again lose little."""
+    cases = data.find_cases(SHARED / name)
+    spacing, size = data.default_grid(cases)
+    worst = []
+    for case in cases[::37]:
+        if case.label:
+            v = data.read_case(case, cases)
+            label = torch.from_numpy(v.label).long()
+            one_hot = F.one_hot(label, len(cases.classes)).movedim(-1, 1).float()
+            placed = common.to_network(one_hot, v.spacing, spacing, size)
+            back = common.to_native(placed, v.label.shape, v.spacing, spacing)
+            score = common.dice_score(back, v.label, range(1, len(cases.classes)))
+            worst.append(min(score.values()))
+    assert min(worst) > .85, worst
+    assert np.mean(worst) > .93, worst
