@@ -100,7 +100,7 @@ OPTIONS = [
     ("batch", 8, None, None, "labelled slices a step (data.yaml: 16)"),
     ("lr", 2e-3, None, None, "of the whole network from scratch, AdamW, cosine to 0"),
     ("pretrained_lr", 1e-3, None, 5e-5, "of a pre-trained backbone"),
-    ("head_lr", 5e-3, None, 1e-2, "of the head on it"),
+    ("head_lr", 5e-3, 2e-3, 1e-2, "of the head on it"),
     ("rotation", .5, None, None, "largest rotation in probing and fine-tuning in rad"),
     ("mean_teacher", False, None, None, "add rows of Mean Teacher, with --resume also later"),
     ("teacher_alpha", .99, None, None, "decay of the teacher"),

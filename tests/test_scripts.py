@@ -142,8 +142,8 @@ def test_kill_and_resume(script, finished, phantom):
     words += ["--out", f"killed_{script}"]
     killed = work / f"killed_{script}"
     deaths = 0
-    targets = ["pretraining.pt", "scratch_n1_s0.pt", "finetuning.pt", f"{script}_n1_s1.pt", None]
-    for target in targets:
+    first = "options.json" if script == "cct_r" else "pretraining.pt"
+    for target in [first, "scratch_n1_s0.pt", "finetuning.pt", f"{script}_n1_s1.pt", None]:
         resume = ["--resume"] if killed.exists() else []
         before = written(killed)
         process = subprocess.Popen(command(script, *words, *resume), cwd=work, env=ONE_THREAD,
