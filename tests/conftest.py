@@ -9,6 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+# Networks this small are slower on two threads, and numbers repeat for one number of threads. It
+# must be said before torch is imported, and the scripts' own processes inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
@@ -25,10 +29,6 @@ TINY = {
     "cct_r": "--batch 8 --swin-dim 12 --window 4 --projection 8 --block 8 --groups 4 --bank 64 "
              "--anchors 16 --peek-every 2",
 }
-# networks this small are slower on two threads; and numbers repeat for one number of threads
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def options(script):
     """The words of a tiny run of this script; later ones win."""
     return EVERY.split() + TINY[script].split()
@@ -42,7 +42,7 @@ def command(script, *arguments):
 def run(script, *arguments, cwd=ROOT, **kwargs):
     """Run a script in a new process; returns what subprocess does, with text output."""
     return subprocess.run(command(script, *arguments), cwd=cwd, text=True, timeout=300,
-                          env=ONE_THREAD, capture_output=True, **kwargs)
+                          capture_output=True, **kwargs)
 
 
 def started(script, *arguments):

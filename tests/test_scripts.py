@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (ONE_THREAD, SCRIPTS, SHARED, command, options, refused, run, save, volume)
+from conftest import SCRIPTS, SHARED, command, options, refused, run, save, volume
 
 import common
 import data
@@ -146,7 +146,7 @@ def test_kill_and_resume(script, finished, phantom):
     for target in [first, "scratch_n1_s0.pt", "finetuning.pt", f"{script}_n1_s1.pt", None]:
         resume = ["--resume"] if killed.exists() else []
         before = written(killed)
-        process = subprocess.Popen(command(script, *words, *resume), cwd=work, env=ONE_THREAD,
+        process = subprocess.Popen(command(script, *words, *resume), cwd=work,
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while target and process.poll() is None:
             if written(killed).get(target) != before.get(target):
