@@ -26,16 +26,20 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     networks 0.5 (cross-entropy + Dice), weight omega_0 exp(-5 (t/T)^2), omega_0 = 1 [ours].
  4. REPS: positives from registration, from a memory bank; for an anchor "the anatomically-closest
     point in each 3D volume" [paper, Fig. 2]. Ours: common place, through the best partner to the
-    frame of the first labelled volume; the 4 nearest features of all other volumes within 8 mm; a
-    term of its own beside the contrast, in which every other place is a negative.
+    frame of the first labelled volume; the 4 nearest features of all other volumes together, which
+    may be of one volume, within 8 mm; a term of its own beside the contrast, in which every other
+    place is a negative: it repels what the contrast attracts.
  5. Cross teaching: Dice with the other's arg max, 0.1 exp(-5 (1 - t/T_r)^2), T_r = 3/4 of the steps
-    [base]. Dice of the foreground, linear denominators [ours]; [base]: all classes, squared ones.
+    [base]. Here and in all losses: Dice of the foreground, linear denominators [ours]; [base]: all
+    classes, squared ones.
  6. Local contrast with class-balanced denominators at two levels, in blocks, both networks and all
     images together, labelled slices alone for the first 7.5 % of the steps [base]. Blocks of 12 x
     12 pixels of which every second row and column counts, 6 random ones a step, one place in all
     images; projectors of one layer [ours]; [base]: 19 x 19, all, of different places; two layers,
-    the last shared. We do not copy its defects: features and labels in different orders, a row of
-    blocks too few, the U-Net left in eval mode.
+    the last shared. At the coarse level 4 blocks of 6 x 6 cells of 8 x 8 pixels [ours]; a known
+    fault: the labels there are those of a cell's corner, 3.5 pixels off its middle. We do not copy
+    the base's defects: features and labels in different orders, a row of blocks too few, the U-Net
+    left in eval mode.
  7. Labelled and unlabelled slices have forward passes of their own [ours]; [base]: one batch. See
     pix2rep.py, no. 12.
  8. Each network sees a labelled slice with intensities of its own; unlabelled ones keep theirs, for
@@ -150,12 +154,15 @@ def row_name(o):
 
 
 def segmentation_loss(logits, label):
-    """0.5 (cross-entropy + soft Dice) [base]; logits [B, K, h, w], label [B, h, w]. A scalar."""
+    """0.5 (cross-entropy + soft Dice) [base], Dice as in no. 5.
+
+    logits [B, K, h, w], label [B, h, w]. Returns a scalar.
+    """
     return .5 * (F.cross_entropy(logits, label) + common.dice_loss(logits, label))
 
 
 def cross_teaching_loss(logits_1, logits_2):
-    """Dice(p1, argmax p2) + Dice(p2, argmax p1) [base]; logits [B, K, h, w]. A scalar."""
+    """Dice(p1, argmax p2) + Dice(p2, argmax p1) [base], Dice as in no. 5; logits [B, K, h, w]."""
     first = common.dice_loss(logits_1, logits_2.argmax(1))
     second = common.dice_loss(logits_2, logits_1.argmax(1))
     return first + second
@@ -299,7 +306,7 @@ class Maps(NamedTuple):
     """What the two networks make of a batch: lists of two, the U-Net's and the Swin-UNet's."""
     logits: list                                                   # [B, K, S, S]
     coarse: list                                                   # [B, d, S/8, S/8], projected
-    full: list                                                     # [B, d, S/2, S/2], projected
+    full: list                                                     # [B, d, S/2, S/2]: half of it
 
 
 class Students(nn.Module):
@@ -386,6 +393,7 @@ def contrast_terms(o, label, seen, seen_u=None):
     side = coarse[0].shape[2:]
     small = [F.interpolate(y[:, None].float(), side)[:, 0].long() for y in labels]   # [B, S/8, S/8]
     half = [y[:, ::2, ::2] for y in labels]                        # [B, S/2, S/2]
+    # coarse: 4 blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
     at_coarse = local_contrast(coarse, small, o.block // 2, 4, o.temperature)
     at_full = local_contrast(full, half, o.block // 2, o.groups, o.temperature)
     return at_coarse + at_full
@@ -439,24 +447,26 @@ def train(run, row, patients, registered):
             warm = min(1, (step + 1) / (group["warm_up"] + 1))
             group["lr"] = group["peak"] * warm * cosine(step, T)
         labelled = draw_batch(run, own, registered.places)
-        rest = draw_batch(run, others, registered.places, registered.warped)
+        unlabelled = draw_batch(run, others, registered.places, registered.warped)
         with run.autocast():
             seen = students(labelled.views)
-            seen_u = students(rest.views)                          # by themselves: see no. 7
+            seen_u = students(unlabelled.views)                    # by themselves: see no. 7
         L_sup = sum(segmentation_loss(logits, labelled.label) for logits in seen.logits)
         L_CT = L_RSL = L_contrast = L_REPS = 0.
         if not o.no_cross_teaching:
             L_CT = cross_teaching_loss(*seen_u.logits)
+        # L_RSL = sum over both networks of 0.5 (CE + Dice)(p_u, y~_u), where y~_u = T(y_l*) is a
+        # warped label, never the true one    (RSL) [ours]
         if not o.no_rsl:
-            L_RSL = sum(segmentation_loss(logits, rest.label) for logits in seen_u.logits)
+            L_RSL = sum(segmentation_loss(logits, unlabelled.label) for logits in seen_u.logits)
         if not o.no_contrast:
             later = seen_u if step >= .075 * T else None           # labelled slices alone at first
             L_contrast = contrast_terms(o, labelled.label, seen, later)
         if not o.no_reps:
-            place = torch.cat([labelled.place, rest.place])
-            volume = torch.cat([labelled.volume, rest.volume])
+            place = torch.cat([labelled.place, unlabelled.place])
+            volume = torch.cat([labelled.volume, unlabelled.volume])
             L_REPS = reps_terms(o, banks, joined(seen.full, seen_u.full), place, volume)
-        # L = L_sup + w(t) L_CT + omega(t) L_RSL + lambda_c L_contrast + lambda_r L_REPS
+        # L = L_sup + w(t) L_CT + omega(t) L_RSL + lambda_c L_contrast + lambda_r L_REPS    [ours]
         w = o.cross_weight * ramp_up(step, .75 * T)
         omega = o.rsl_weight * decay(step, T)
         loss = L_sup + w * L_CT + omega * L_RSL
@@ -788,7 +798,8 @@ def cycle_error(there, back, p, step):
     """|| T_back(T_there(x)) - x || in mm at the places p [Z, Y, X, 3]; 0: they undo each other.
 
     there, back [B, 3, Z, Y, X]: displacements on a grid with voxels of `step` mm about the centre
-    of p's volume. Returns [B, Z, Y, X].
+    of p's volume; of the affine map nothing is left, as A and its inverse cancel. Returns
+    [B, Z, Y, X].
     """
     every = p.expand(len(there), *p.shape)                         # [B, Z, Y, X, 3]
     x = displaced(p, sample(there, every, step, padding="border"))
@@ -888,7 +899,8 @@ class Frame:
     def warp_label(self, pair, volume):
         """This volume's label on the voxels of the other, a `Stack`: [V, S, S], background outside.
 
-        One-hot, warped linearly, then arg max.
+        Pulled: a voxel y of the other takes the label at T_back(y), so that labels go from here to
+        there by the map from there to here. One-hot, linearly, then arg max.
         """
         x = self.places(pair, volume.points()).nan_to_num(1e6)     # [V, S, S, 3]
         there = sample(self.label, x[None], self.volume.step)[0]   # [K, V, S, S]
@@ -1319,7 +1331,7 @@ the step at which the networks overtake the registration."""
 
 
 def main(arguments=None):
-    o = common.parse_options(METHOD, __doc__, OPTIONS, arguments, PAPER_ALSO)
+    o = common.parse_options(METHOD, __doc__, OPTIONS, arguments, PAPER_ALSO, "base")
     if o.predict:
         return common.predict_files(o)
     run = common.Run(o)

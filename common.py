@@ -625,58 +625,68 @@ def _add_run_options(group, method):
     """The options that all scripts share and no paper names."""
     add = group.add_argument
     add("--data", help="folder of a dataset (default: the phantom, made on the first run)")
-    add("--out", default=f"runs/{method}", help="folder for results")
-    add("--cache", default="cache", help="folder for prepared slices")
+    add("--out", default=f"runs/{method}", help="new folder for results [%(default)s]")
+    add("--cache", default="cache", help="folder for what is prepared once [%(default)s]")
     add("--split", choices=["test", "val"], default="test",
-        help="patients to score; choose options on val")
+        help="patients to score [%(default)s]; choose options on val")
     add("--resume", action="store_true", help="go on with the run in --out; it may have more rows")
-    add("--save-every", type=int, default=200, help="steps between checkpoints for --resume")
-    add("--init", metavar="FILE", help="start from this pretrained.pt instead of pre-training")
+    add("--save-every", type=int, default=200, help="steps between saves [%(default)s]")
+    add("--init", metavar="FILE", help="start from this pretrained.pt (no pre-training here)")
     add("--scratch", metavar="RUN", help="read the rows that need no pre-training out of this "
-        "finished run of any method, where it has them")
+        "finished run of any method; train those that it does not have")
     add("--predict", nargs="+", metavar="IMAGE", help="segment these NIfTI files into --out")
     add("--checkpoint", metavar="FILE", help="the network for --predict")
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
     add("--precision", choices=["float32", "bfloat16"], default="float32",
-        help="bfloat16: convolutions under autocast, twice as fast where the processor has it")
+        help="bfloat16: convolutions under autocast, twice as fast where the processor has it "
+        "[%(default)s]")
 
 
-def _add_table(group, table):
-    """One flag a line of the table; its help shows our value, the phantom's and the paper's."""
+def _shown(value):
+    """A value of the table as it is typed: 1 3 7 for a list, four digits of a number."""
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _add_table(group, table, source):
+    """One flag a line of the table; its help shows our value, the phantom's and the source's."""
     for name, real, phantom, paper, text in table:
         known = [v for v in (real, phantom, paper) if v is not None]
-        kind = known[0] if known else ""
-        values = ["by the data" if real is None and known else f"{real}"]
+        kind = known[0]
+        values = ["by the data" if real is None else _shown(real)]
         if phantom is not None:
-            values.append(f"phantom: {phantom}")
+            values.append(f"phantom: {_shown(phantom)}")
         if paper is not None:
-            values.append(f"paper: {paper}")
-        settings = {"help": f"{text} [{'; '.join(values)}]".replace("%", "%%"),
-                    "default": argparse.SUPPRESS}
+            values.append(f"{source}: {_shown(paper)}")
+        settings = {"help": f"{text} [{'; '.join(values)}]", "default": argparse.SUPPRESS}
         if isinstance(kind, bool):
-            settings["action"] = "store_true"
+            settings.update(help=text, action="store_true")
         elif isinstance(kind, list):
             settings.update(type=type(kind[0]), nargs="+", metavar="N")
         else:
-            settings.update(type=type(kind), metavar="X")
+            settings.update(type=type(kind), metavar=type(kind).__name__.upper())
+        settings["help"] = settings["help"].replace("%", "%%")
         group.add_argument("--" + name.replace("_", "-"), **settings)
 
 
-def parse_options(method, doc, table, arguments=None, paper_also=""):
+def parse_options(method, doc, table, arguments=None, paper_also="", source="paper"):
     """The options of a run, from the command line and the script's table.
 
     table: lines of (name, on real data, on the phantom, in the paper, what it is). None in the
     second column: decided by the data; in the third: as on real data; in the fourth: not known.
     Without --data the phantom's column is taken, with --paper the paper's; what is typed wins.
-    paper_also: what the paper has and no number can set; --paper prints it.
+    paper_also: what is published and no number can set; --paper prints it. source: whose numbers
+    the fourth column has, the paper's, its code's or its base's.
     """
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_run_options(p.add_argument_group("run"), method)
-    title = f"{method}.py [on real data; on the phantom; in the paper]"
-    _add_table(p.add_argument_group(title), table)
-    if any(line[3] is not None for line in table):
-        p.add_argument("--paper", action="store_true", help="take the paper's column of numbers, "
+    published = any(line[3] is not None for line in table)
+    columns = "on real data; on the phantom" + f"; in the {source}" * published
+    _add_table(p.add_argument_group(f"{method}.py [{columns}]"), table, source)
+    if published:
+        p.add_argument("--paper", action="store_true", help=f"take the numbers of the {source}, "
                        "for a GPU; what is typed wins")
     o = p.parse_args(arguments)
     o.paper = getattr(o, "paper", False)
@@ -690,7 +700,7 @@ def parse_options(method, doc, table, arguments=None, paper_also=""):
             value = paper
         setattr(o, name, getattr(o, name, value))
     if o.paper and paper_also:
-        print(f"--paper sets numbers only; the paper also has {paper_also}")
+        print(f"--paper sets numbers only; published is also {paper_also}")
     return o
 
 

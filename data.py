@@ -248,7 +248,7 @@ def find_cases(path):
 
     Reads no image; of the plain layout it reads the labels, for their values.
     Layouts: ACDC, MSD, nnU-Net v2, TransUNet npz, raw BTCV, MMWHS, HVSMR 2016, plain, CHAOS-NIfTI
-    (see README, "Data"). Raises DataError where the path is no folder or of no known layout.
+    (see results/data.md). Raises DataError where the path is no folder or of no known layout.
     """
     root = Path(path)
     if not root.is_dir():

@@ -69,11 +69,11 @@ METHOD = "macl"
 OPTIONS = [
     ("labelled", [1, 3, 7], [1], None, "numbers of labelled patients (paper: 8, 20)"),
     ("seeds", [0, 1, 2], [0], None, "seeds of fine-tuning"),
-    ("width", 16, None, 32, "channels of the first U-Net level (32 is the code's)"),
+    ("width", 16, None, 32, "channels of the first U-Net level (32: the code's)"),
     ("spacing", None, 2.5, 1.25, "mm a pixel in plane; 2 on ACDC"),
-    ("size", None, 64, 384, "S, crop of fine-tuning, divisible by 16; 96 on ACDC"),
-    ("pretrain_size", None, None, 384, "S of pre-training; --size rounded up to a multiple of 64"),
-    ("pretrain_steps", 4000, 1000, 8200, "8200: 100 epochs of ACDC (of CHD: 55 000 to 110 000)"),
+    ("size", None, 64, 384, "S, crop of fine-tuning, divisible by 16; 96 on ACDC (352; 384: ours)"),
+    ("pretrain_size", None, None, 384, "S of pre-training; --size, up to a multiple of 64 (512)"),
+    ("pretrain_steps", 4000, 1000, 8200, "100 epochs: 8200 of ACDC (of CHD 55 000 to 110 000)"),
     ("pretrain_batch", 16, None, 16, "N, slices a step"),
     ("pretrain_lr", 1e-3, None, .1, "AdamW or --sgd, cosine to 0 (code: SGD 0.01)"),
     ("sgd", False, None, True, "pre-train by SGD with momentum 0.9 instead of AdamW"),
@@ -138,14 +138,14 @@ def positive_pairs(position, threshold):
 
 
 def contrastive_loss(z, positive, temperature):
-    """What L_g and L_d share: z [..., M, C] before normalisation, positive [M, M].
+    """What L_g and L_d share: z [..., M, C] of M = 2N projections, positive [M, M].
 
     Returns the mean over anchors and leading axes, a scalar.
     """
     z = F.normalize(z.float(), dim=-1)                             # [..., M, C], unit length
     itself = torch.eye(len(positive), dtype=torch.bool, device=z.device)
     with torch.autocast(z.device.type, enabled=False):             # float32 also under autocast
-        sim = z @ z.mT / temperature                               # [..., M, M]
+        sim = z @ z.mT / temperature                               # [..., M, M]: sim(z_i,z_j)/tau
     others = sim.masked_fill(itself, -torch.inf)                   # k != i: exp(-inf) = 0
     weight = positive / positive.sum(1, keepdim=True)              # [M, M]: 1/|Omega_i+|, or 0
     # - 1/|Omega_i+| sum_{j in Omega_i+} log exp(sim_ij) / sum_{k != i} exp(sim_ik)
@@ -163,8 +163,9 @@ def global_contrastive_loss(z_a, z_b, position, threshold, temperature):
     threshold <= 0.
     """
     positive = positive_pairs(position, threshold).to(z_a.device)  # [2N, 2N]
-    # L_g = - sum_i 1/|Omega_i+| sum_{j in Omega_i+} log exp(sim(Z_i,Z_j)/tau)
-    #                                                / sum_{k != i} exp(sim(Z_i,Z_k)/tau)    (9)
+    # L_g = - sum_i 1/|Omega_i+| sum_{j in Omega_i+} log exp(sim(Z_i,Z~_j)/tau)
+    #                                                / sum_{k != i} exp(sim(Z_i,Z~_k)/tau)   (9)
+    # i, j, k run over all 2N projections, of both branches: the tilde is no more than a name
     return contrastive_loss(torch.cat([z_a, z_b]), positive, temperature)
 
 
@@ -422,6 +423,8 @@ def draw_heat(run, start):
 
 # ------------------------------------------------------------------------------------------- main
 
+LOOK_INIT = """what the encoder answers to before and after pre-training, at its two deepest levels.
+In the table, `gain` is what the weights of --init are worth beside scratch."""
 LOOK = """the last two maps of a row, one decoded from the small image, one encoded
 from the full one, should light up at the same places. In the table, `gain` is what that is worth
 beside the same network from scratch."""
@@ -444,8 +447,9 @@ def main(arguments=None):
         run.score(row, patients, unet)
     common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", ours))
     draw_heat(run, start)
-    if not o.init:                                                 # else no heads of these options
-        draw_branches(run, large, start)
+    if o.init:                                                     # no heads of these options
+        return run.report("heat.png", LOOK_INIT)
+    draw_branches(run, large, start)
     run.report("branches.png", LOOK)
 
 

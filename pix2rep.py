@@ -15,9 +15,10 @@ is used. Then few labels teach a 1x1 head (linear probing) or the whole network 
 Paper, code, and what we chose. [paper]: MIDL 2024; [v2]: Pix2Rep-v2, arXiv 2609.01427; [code]: the
 published code, which has the contrastive loss only and does not run as it stands; [ours]: silent
 there, or changed by us. What came out: results/pix2rep.md.
- 1. Symmetric InfoNCE over the 2n vectors of n pixels sampled from the whole batch, without
-    replacement, n = 1000, tau = 0.53 [code]; tau = 0.1, n / B pixels from every image, with
-    replacement, so that about 7 of 1000 occur twice and repel themselves [ours].
+ 1. Symmetric InfoNCE (the names of the equations are ours) over the 2n vectors of n pixels sampled
+    from the whole batch, without replacement, n = 1000, tau = 0.53 [code]; tau = 0.1, n / B pixels
+    from every image, with replacement, so that about 7 of 1000 occur twice and repel themselves
+    [ours].
  2. Barlow Twins over all valid pixels of the batch, lambda = 5e-3, d = 256 [v2]; d = 64 [ours].
  3. The ground-truth trap: the published code crops every volume with the box of its ground-truth
     mask, at test time too, and pre-trains without the slices whose mask is empty: both leak the
@@ -57,7 +58,8 @@ there, or changed by us. What came out: results/pix2rep.md.
     validation patients. Fig. 4 is coloured by PCA instead of t-SNE [ours].
 
 Letters: B slices in a batch, n sampled pixels, P valid pixels, C channels of an image, D of the
-output map, d of the projector, S network size, V slices in a figure, U unlabelled, K classes.
+output map, W of the trunk's, d of the projector, S network size, V slices in a figure, U unlabelled
+slices, K classes.
 """
 import copy
 import math
@@ -74,7 +76,7 @@ PRETRAINED = ["probe", "pix2rep", "pix2rep-mt"]                    # rows that p
 
 # ---------------------------------------------------------------------------------------- options
 
-# name, on real data, on the phantom (None: the same), in the paper (None: not known), what it is
+# name, on real data, on the phantom (None: the same), in the code (None: not known), what it is
 OPTIONS = [
     ("labelled", [1, 3, 7], [1], None, "numbers of labelled patients"),
     ("seeds", [0, 1, 2], [0], None, "seeds of probing and fine-tuning"),
@@ -82,7 +84,7 @@ OPTIONS = [
     ("depth", 4, None, 5, "poolings of the U-Net"),
     ("dim", 64, None, 1024, "D, channels of the output map"),
     ("projection", 64, None, 256, "d, width of the projector g"),
-    ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (1.5 for the paper's size: ours)"),
+    ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (1.5 for the code's size: ours)"),
     ("size", None, 64, 128, "S, crop in pixels, divisible by 2^depth; 96 on ACDC"),
     ("loss", "infonce", None, None, "infonce (MIDL 2024) or barlow (v2)"),
     ("pretrain_steps", 8000, 1000, 32800, "steps of pre-training (paper: 200 epochs)"),
@@ -147,7 +149,7 @@ def check(run):
 
 
 def info_nce_loss(z_a, z_b, temperature):
-    """Symmetric InfoNCE over 2n vectors, Eq. (InfoNCE): each must find its partner among the rest.
+    """Symmetric InfoNCE over 2n vectors: each must find its partner among the rest.
 
     z_a, z_b: the two views' vectors of n pixels [n, d], before normalisation; temperature tau.
     Returns a scalar; its chance level is ln(2n - 1).
@@ -171,7 +173,7 @@ def standardise(u):
 
 
 def barlow_twins_loss(u_a, u_b, lam):
-    """Barlow Twins over pixels, Eq. (Barlow): the d x d cross-correlation should be the identity.
+    """Barlow Twins over pixels: the d x d cross-correlation should be the identity.
 
     u_a, u_b: the two views' vectors of P pixels [P, d], before standardisation; lam = lambda.
     Returns a scalar. Cost: P d^2, and no P x P matrix anywhere.
@@ -295,32 +297,32 @@ def view_batch(run):
     pick = common.random_slices(run.train, o.pretrain_batch)
     x = run.dataset.image(pick, run.device)                        # [B, C, S, S]
     grid, valid = random_affine(len(x), o.size, o.pretrain_rotation, o.crop, run.device)
-    one = random_intensity(x, o.inversion)
-    other = warp(random_intensity(x, o.inversion), grid)
-    views = torch.cat([one, other])                                # [2B, C, S, S]
+    t_x = random_intensity(x, o.inversion)
+    phi_t_x = warp(random_intensity(x, o.inversion), grid)
+    views = torch.cat([t_x, phi_t_x])                              # [2B, C, S, S]
     return common.channels_last(views), grid, valid
 
 
 def pixel_pairs(f_a, f_b, grid, valid, n=None):
     """The vectors (phi(f_a), f_b) of the same n valid pixels, n / B random ones of every image.
 
-    f_a, f_b: maps [B, D, S, S]; f_a is moved by the very grid that moved the image. Returns two
-    [n, D]; without n all valid pixels, two [P, D].
+    f_a, f_b: maps [B, W, S, S] of the trunk, W = --width; f_a is moved by the very grid that moved
+    the image. Returns two [n, W]; without n all valid pixels, two [P, W].
     """
     if n is None:
-        moved = warp(f_a, grid).movedim(1, -1)                     # [B, S, S, D]
-        return moved[valid], f_b.movedim(1, -1)[valid]             # [P, D] each
-    B, D = f_a.shape[:2]
+        moved = warp(f_a, grid).movedim(1, -1)                     # [B, S, S, W]
+        return moved[valid], f_b.movedim(1, -1)[valid]             # [P, W] each
+    B, W = f_a.shape[:2]
     weights = valid.flatten(1).float().cpu()                       # [B, S S]
     place = torch.multinomial(weights, n // B, replacement=True)   # [B, n/B]
     place = place.to(f_a.device)
     # phi(f_a), computed only where it is needed: f_a at the pre-images of these pixels
     twice = place[..., None].expand(-1, -1, 2)                     # [B, n/B, 2]
     there = grid.flatten(1, 2).gather(1, twice)                    # [B, n/B, 2]
-    a = warp(f_a, there[:, :, None])[..., 0]                       # [B, D, n/B]
-    every = place[:, None].expand(-1, D, -1)                       # [B, D, n/B]
-    b = f_b.flatten(2).gather(2, every)                            # [B, D, n/B]
-    return a.movedim(1, -1).flatten(0, 1), b.movedim(1, -1).flatten(0, 1)  # [n, D] each
+    a = warp(f_a, there[:, :, None])[..., 0]                       # [B, W, n/B]
+    every = place[:, None].expand(-1, W, -1)                       # [B, W, n/B]
+    b = f_b.flatten(2).gather(2, every)                            # [B, W, n/B]
+    return a.movedim(1, -1).flatten(0, 1), b.movedim(1, -1).flatten(0, 1)  # [n, W] each
 
 
 def pretrain(run):
@@ -338,9 +340,10 @@ def pretrain(run):
         warm_up = min(1, (step + 1) / (.05 * T))                   # 5 % of the steps [v2]
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * warm_up * cosine(step, T)
         views, grid, valid = view_batch(run)                       # [2B, C, S, S] and phi
+        # Z = g(phi(f(t(x)))), Z' = g(f(phi(t'(x))))    (the code: phi(g(f(t(x)))), see no. 6)
         with run.autocast():
-            map_a, map_b = f.trunk(views).float().chunk(2)         # [B, width, S, S] each
-            pairs = pixel_pairs(map_a, map_b, grid, valid, n)      # [n, width] each
+            map_a, map_b = f.trunk(views).float().chunk(2)         # [B, W, S, S] each
+            pairs = pixel_pairs(map_a, map_b, grid, valid, n)      # [n, W] each; Barlow: n = P
             vectors = f.widen(torch.cat(pairs))                    # [2n, D]
             z_a, z_b = g(vectors).chunk(2)                         # [n, d] each
         if o.loss == "infonce":
@@ -661,7 +664,7 @@ they are worth beside the same network from scratch."""
 
 
 def main(arguments=None):
-    o = common.parse_options(METHOD, __doc__, OPTIONS, arguments, PAPER_ALSO)
+    o = common.parse_options(METHOD, __doc__, OPTIONS, arguments, PAPER_ALSO, "code")
     if o.predict:
         return common.predict_files(o, build)
     run = common.Run(o)

@@ -17,14 +17,15 @@ published no code. The paper has three numbered equations, which could not be re
  1. LA pulls the best match of every pixel to similarity 1 with MAE, on slices with |i-j| / V < t
     [paper, Fig. 2]. Both directions (rows and columns of A) are averaged [ours].
  2. WLA matches inside r x r windows [paper, Figs. 1, 2]. r = 4 [ours].
- 3. X = N(E(F(S))): encoder F, linear embedding E, L2 norm over channels N [paper]. E has no bias, X
-    comes from encoder level 3 (S / 8: 12 x 12 places at 96 x 96; the deepest map has 6 x 6) [ours].
- 4. GP: the paper's equation could not be read, so it is PCL's loss with tau = 0.1, t = 0.35,
-    without its factor tau / 0.07 [PCL].
+ 3. X = N(E(F(S))): encoder F, linear embedding E, L2 norm over channels N [paper, by a review]. E
+    has no bias, X comes from encoder level 3, 12 x 12 places at 96 x 96 [ours].
+ 4. GP: the paper's equation could not be read, so it is PCL's loss, z = pool, linear, ReLU, linear,
+    tau = 0.1, t = 0.35 on ACDC and 0.1 elsewhere [PCL]; without its factor tau / 0.07, and with one
+    t for LA and GP, as that of LA is not known [ours].
  5. Total: L_GP + lambda L_WLA, lambda = 1, and our L_U beside them [ours].
  6. LA has no repulsion and is won by features that teach nothing; L_U repels pixels of different
     places. Without it LA collapses (results/sal.md). The log prints WLA beside the WLA between
-    slices of strangers, its chance level [ours].
+    slices of other pairs, nearly always of other volumes, its chance level [ours].
  7. Pairs: slice i at random, j at random with |i-j| / V < t, j = i allowed, so that all four kinds
     of pairs occur (Fig. 1 has "different selections" of pairs; what the four are is our reading).
     The two are moved by the same transform, or there would be no place to align, and get
@@ -36,8 +37,9 @@ published no code. The paper has three numbered equations, which could not be re
     seeds, so the spread over seeds is that of fine-tuning. The last checkpoint is scored; test
     patients choose nothing [ours].
 
-Letters: B pairs in a batch, n = 2B views, C channels, h, w size of a feature map, S network size,
-V slices in a volume, i slice number, K classes.
+Letters: B pairs in a batch, n = 2B views, C channels, h, w size of a feature map, S network size
+(S_i: slice i), V slices in a volume, i slice number, K classes; t threshold, r windows along a
+side, A similarities, d length of z. The paper's F and N are `unet.encoder` and `F.normalize`.
 """
 import math
 
@@ -67,9 +69,9 @@ OPTIONS = [
     ("threshold", None, .35, None, "t, of the volume's length; 0.35 on ACDC, else 0.1 (PCL's)"),
     ("temperature", .1, None, None, "tau of GP (PCL: 0.1)"),
     ("weight_gp", 1., None, None, "of L_GP; 0: LA alone"),
-    ("weight_la", 1., None, None, "lambda, of L_WLA; 0: no best matches"),
+    ("weight_la", 1., None, None, "lambda, of L_WLA; 0, with --weight-u 0: GP alone"),
     ("weight_u", 1., None, None, "of L_U, ours; 0: LA as we read the paper, which collapses"),
-    ("windows", 4, None, None, "r: r x r windows; r divides h and w (paper: WLA, r not known)"),
+    ("windows", 4, None, None, "r: r x r windows; r divides h and w; 1: LA (paper: r not known)"),
     ("level", 3, None, None, "encoder level of X: size S / 2^level"),
     ("steps", 1200, 240, None, "steps of fine-tuning, also from scratch (PCL: 100 epochs)"),
     ("batch", 8, None, None, "labelled slices a step (PCL: 10)"),
@@ -93,7 +95,7 @@ def check(run):
         (min(o.weight_gp, o.weight_la, o.weight_u) < 0,
          "--weight-gp --weight-la --weight-u: use 0 or more"),
         (o.weight_gp == o.weight_la == 0,
-         "--weight-gp 0 --weight-la 0: nothing is left to train; drop one of them"),
+         "--weight-gp 0 --weight-la 0: nothing of the paper is left to train; drop one of them"),
         (not 0 < o.threshold <= 1,
          f"--threshold {o.threshold}: use a share of the volume's length in (0, 1]"),
         (o.pretrain_steps < 1, "--pretrain-steps: use 1 or more"),
@@ -113,7 +115,10 @@ def to_windows(X, r):
 
 
 def local_alignment_loss(x_i, x_j, windows=1):
-    """Windowed local alignment loss, (LA) and (WLA); `windows` = 1 is LA.
+    """Windowed local alignment loss (WLA); with one window it is (LA).
+
+        L_LA(i,j) = 1/(hw) sum_p | 1 - max_q A[p,q] |                         (LA)
+        L_WLA(i,j) = 1/r^2 sum_k L_LA(window k of i, window k of j)           (WLA)
 
     x_i, x_j: maps E(F(S_i)), E(F(S_j)) [B, C, h, w] of close slices, before normalisation;
     `windows` = r divides h and w. Returns a scalar in [0, 2]. Both directions are averaged (ours).
@@ -125,16 +130,20 @@ def local_alignment_loss(x_i, x_j, windows=1):
     # X = N(E(F(S))): unit length over channels
     X_i = to_windows(F.normalize(x_i.float(), dim=1), windows)     # [B r^2, hw/r^2, C]
     X_j = to_windows(F.normalize(x_j.float(), dim=1), windows)
+    # A = X_i^T X_j in the paper, where pixels are columns; here they are rows
     with torch.autocast(x_i.device.type, enabled=False):           # float32 also under autocast
         A = X_i @ X_j.mT                                           # [B r^2, hw/r^2, hw/r^2] cosines
-    # L_LA = 1/(hw) sum_p | 1 - max_q A[p,q] |    (LA); the mean over windows is (WLA)
+    # | 1 - max_q A[p,q] |, mean over the pixels p of a window and over the windows
     forward = (1 - A.amax(2)).abs().mean()                         # rows: pixels of i
     backward = (1 - A.amax(1)).abs().mean()                        # columns: pixels of j
     return (forward + backward) / 2
 
 
 def global_positional_loss(z, position, threshold, temperature):
-    """Global positional loss (GP): InfoNCE; positives are slices at a like position of any subject.
+    """Global positional loss: InfoNCE; positives are slices at a like position, of any subject.
+
+        L_GP = - mean_a 1/|P(a)| sum_{p in P(a)}
+                   log exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau)        (GP)
 
     z [n, d]: image-level projections; position [n] in (0, 1]; threshold t; temperature tau. Returns
     a scalar, chance level ln(n - 1). An anchor without positive is left out (ours); 0 without any.
@@ -145,15 +154,15 @@ def global_positional_loss(z, position, threshold, temperature):
     itself = torch.eye(n, dtype=torch.bool, device=z.device)
     # P(a) = { b != a : |pos_a - pos_b| < t }
     away = (position[:, None] - position[None]).abs()              # [n, n]
-    P = (away < threshold) & ~itself
+    P = (away < threshold) & ~itself                               # [n, n] bool
     # log exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau)
     with torch.autocast(z.device.type, enabled=False):             # float32 also under autocast
         sim = z @ z.T / temperature                                # [n, n]
     others = sim.masked_fill(itself, -torch.inf)
     log_prob = sim - others.logsumexp(1, keepdim=True)             # [n, n]
-    # L_GP = - mean_a 1/|P(a)| sum_{p in P(a)} ...    (GP)
+    # - 1/|P(a)| sum_{p in P(a)} ..., then the mean over the anchors a that have a positive
     count = P.sum(1)                                               # [n]: |P(a)|
-    per_anchor = -(log_prob * P).sum(1) / count.clamp(min=1)
+    per_anchor = -(log_prob * P).sum(1) / count.clamp(min=1)       # [n]
     if not count.any():
         return z.sum() * 0
     return per_anchor[count > 0].mean()
@@ -181,8 +190,8 @@ def uniformity_loss(x, volume, places=16, sharpness=4.):
     other_volume = of_volume[:, None] != of_volume                 # [n places, n places]
     other_place = of_place[:, None] != of_place
     with torch.autocast(x.device.type, enabled=False):
-        S = (sharpness * X @ X.T)[other_volume | other_place]      # [pairs that repel]
-    return S.logsumexp(0) - math.log(len(S))
+        sim = (sharpness * X @ X.T)[other_volume | other_place]    # [pairs that repel]
+    return sim.logsumexp(0) - math.log(len(sim))
 
 
 def pair_kinds(volume, slice_number, depth, threshold):
@@ -267,7 +276,7 @@ def pretrain(run):
     """Train encoder and heads on all training slices, without labels; returns pretrained.pt."""
     o = run.o
     torch.manual_seed(1000)
-    unet = run.place(run.unet(classes=2))
+    unet = run.place(run.unet(classes=2))                          # its head is not used here
     heads = Heads(unet.encoder.widths, o.level).to(run.device)
     parameters = [*unet.encoder.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, o.pretrain_lr, weight_decay=1e-5)
@@ -278,7 +287,8 @@ def pretrain(run):
             x, z = heads(unet.encoder(views))                      # [2B, C, h, w], [2B, d]
         position = torch.from_numpy(run.dataset.position[pick])    # [2B]
         L_GP = global_positional_loss(z, position, o.threshold, o.temperature)
-        L_WLA = local_alignment_loss(*x.chunk(2), o.windows)
+        x_i, x_j = x.chunk(2)                                      # all i, all j: [B, C, h, w]
+        L_WLA = local_alignment_loss(x_i, x_j, o.windows)
         L_U = uniformity_loss(x, run.dataset.volume[pick])
         # L = L_GP + lambda L_WLA    (total); L_U is ours
         loss = o.weight_gp * L_GP + o.weight_la * L_WLA + o.weight_u * L_U
@@ -286,8 +296,8 @@ def pretrain(run):
         loss.backward()
         optimiser.step()
         if step % 50 == 0:
-            x_i, x_j = x.detach().chunk(2)                         # chance level of WLA
-            strangers = local_alignment_loss(x_i, x_j.roll(1, 0), o.windows)
+            with torch.no_grad():                                  # chance level of WLA
+                strangers = local_alignment_loss(x_i, x_j.roll(1, 0), o.windows)
             run.log("pretrain", step=step, GP=L_GP, GP_chance=math.log(2 * o.pairs - 1), WLA=L_WLA,
                     WLA_strangers=strangers, U=L_U, random_pairs=random_pair_similarity(x))
     return run.save_pretrained(unet=unet.state_dict(), parts=["encoder"], heads=heads.state_dict())
@@ -331,7 +341,7 @@ def finetune(run, row, patients, start=None):
 @torch.no_grad()
 def feature_maps(run, images, pretrained=None):
     """X [V, C, h, w] of the slices [V, C, S, S] of one volume; a random network, or pretrained."""
-    torch.manual_seed(1000)
+    torch.manual_seed(1000)                                        # as pre-training starts
     unet = run.unet(classes=2)
     heads = Heads(unet.encoder.widths, run.o.level)
     if pretrained:
@@ -386,6 +396,8 @@ def mark_place(axis, y, x, pixels, colour):
 
 LOOK = """once pre-trained, the pixels of a slice find their own place in the next slice.
 In the table, `gain` is what that is worth beside the same network from scratch."""
+LOOK_INIT = """the networks of this run; what the weights of --init have learnt is drawn by the run
+that made them. In the table, `gain` is what they are worth beside the same network from scratch."""
 
 
 def main(arguments=None):
@@ -401,8 +413,9 @@ def main(arguments=None):
         unet = finetune(run, row, patients, start if row.method == "sal" else None)
         run.score(row, patients, unet)
     common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", "sal"))
-    if start["method"] == METHOD and "heads" in start:
-        draw_matches(run, start)
+    if o.init:
+        return run.report("overlays.png", LOOK_INIT)
+    draw_matches(run, start)
     run.report("matches.png", LOOK)
 
 
