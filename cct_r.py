@@ -75,7 +75,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import cosine, photometric, spatial_grid, warp
+from common import DataError, cosine, photometric, spatial_grid, warp
 
 METHOD = "cct_r"
 REGISTRATION_VERSION = 4
@@ -126,6 +126,9 @@ PAPER_ALSO = ("ImageNet weights and a fourth stage in the Swin-UNet, projectors 
 def check(run):
     """Refuse impossible options. Raises DataError."""
     o = run.o
+    most = len(run.split["train"])
+    if "labelled" not in o.given:                                  # a default is no wish
+        o.labelled = [n for n in o.labelled if n < most] or [1]
     common.refuse([
         (o.batch < 8 or o.batch % 4,
          f"--batch {o.batch}: each network sees a quarter labelled, a quarter not; use 8, 12, ..."),
@@ -133,13 +136,13 @@ def check(run):
          f"--swin-dim {o.swin_dim}: use a multiple of 6, for its three heads and two halves"),
         (o.window < 2, f"--window {o.window}: use 2 or more"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
-        (o.block < 4 or o.block > o.size,
-         f"--block {o.block}: use 4 to {o.size}, the image's size"),
+        (o.block < 4 or o.block // 2 > o.size // 8,
+         f"--block {o.block}: use 4 to {o.size // 4 + 1}, for a coarse map of {o.size // 8}"),
         (o.stiffness < 0 or o.radius <= 0, "--stiffness must be 0 or more, --radius above 0"),
-        (min(o.peek_every, o.groups, o.anchors, o.positives) < 1,
-         "--peek-every, --groups, --anchors and --positives must be 1 or more"),
+        (min(o.peek_every, o.groups, o.anchors, o.positives, o.projection) < 1,
+         "--peek-every, --groups, --anchors, --positives and --projection must be 1 or more"),
         (o.bank < o.anchors, f"--bank {o.bank}: use --anchors, {o.anchors}, or more"),
-        (max(o.labelled) >= len(run.split["train"]),
+        (max(o.labelled) >= most,
          f"--labelled {max(o.labelled)}: leaves no training patient without label; use fewer"),
     ])
 
@@ -431,12 +434,13 @@ def start_training(run, seed):
     return students, torch.optim.AdamW(groups, weight_decay=1e-4)
 
 
-def train(run, row, patients, registered):
+def train(run, row, registered):
     """Train both networks on the labelled slices of `patients` and all other training slices.
 
     registered: what registration knows with these patients. Returns the `Students`.
     """
     o, dataset, T = run.o, run.dataset, run.o.steps
+    patients = run.patients(row.labelled)
     own = dataset.of_patients(patients, labelled=True)
     others = dataset.of_patients(set(run.split["train"]) - set(patients))
     students, optimiser = start_training(run, row.seed)
@@ -482,10 +486,10 @@ def train(run, row, patients, registered):
     return students
 
 
-def finetune(run, row, patients):
+def finetune(run, row):
     """The supervised baseline, as in the other scripts: the U-Net alone on the labelled slices."""
     o = run.o
-    numbers = run.dataset.of_patients(patients, labelled=True)
+    numbers = run.dataset.of_patients(run.patients(row.labelled), labelled=True)
     torch.manual_seed(row.seed)
     unet = run.place(run.unet())
     optimiser = torch.optim.AdamW(unet.parameters(), weight_decay=1e-4)
@@ -869,6 +873,10 @@ class Frame:
         one_hot = F.one_hot(label, len(run.classes)).float()       # [V, S, S, K]
         self.label = one_hot.movedim(-1, 0)[None]                  # [1, K, V, S, S]
         organs = self.volume.points()[label > 0]                   # [n, 3]
+        if not len(organs):
+            name = dataset.info["cases"][n]["name"]
+            raise DataError(f"{name}: no labelled voxel lies in the crop; use a larger --size, or "
+                            "leave this case out")
         lo, hi = organs.amin(0), organs.amax(0)
         self.centre = (lo + hi) / 2
         size = ((hi - lo) * 1.4).tolist()
@@ -987,7 +995,7 @@ class Registered:
     float16 [N, 3, S, S]: common places of slices in mm, nan where there is none.
     """
     def __init__(self, run, n):
-        patients = run.split["labelled"][:n]
+        patients = run.patients(n)
         patient = [case.patient for case in run.cases]
         self.volumes = [v for v, p in enumerate(patient) if p in run.split["train"]]
         self.labelled = [v for p in patients for v in self.volumes
@@ -1342,12 +1350,11 @@ def main(arguments=None):
     run.log("registration", seconds=time.time() - begun)
     write_registrations(run, registered[max(o.labelled)])
     for row in run.rows("scratch", row_name(o)):
-        patients = run.split["labelled"][:row.labelled]
         if row.method == "scratch":
-            run.score(row, patients, finetune(run, row, patients))
+            run.score(row, finetune(run, row))
         else:
-            students = train(run, row, patients, registered[row.labelled])
-            run.score(row, patients, students.unet, Swin=students.swin)
+            students = train(run, row, registered[row.labelled])
+            run.score(row, students.unet, Swin=students.swin)
     common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", row_name(o)))
     few = registered[min(o.labelled)]                              # the fewest labels show the most
     draw_registration(run, few)

@@ -5,7 +5,7 @@ Letters: B batch, C channels, K classes, V slices of a volume, N slices of a dat
 size, S network size. The lesson of each paper is in its own script; files and layouts are in
 data.py.
 """
-import argparse, csv, hashlib, io, json, math, os, platform, resource, shutil, sys, time
+import argparse, csv, hashlib, io, json, math, os, platform, re, resource, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -271,6 +271,11 @@ class SliceDataset:
         return torch.from_numpy(self.labels[numbers]).to(device).long()
 
 
+def digest(content):
+    """Sixteen letters that stand for lists, dicts, numbers and strings."""
+    return hashlib.sha1(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def prepare(cases, target, size, cache):
     """The `SliceDataset` of `cases` at `target` mm and `size` pixels, from the folder `cache`.
 
@@ -283,8 +288,8 @@ def prepare(cases, target, size, cache):
         if case.label:
             files.append(case.label)
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    made_of = json.dumps([CACHE_VERSION, stats, target, size, cases.classes, cases.ranges])
-    key = hashlib.sha1(made_of.encode()).hexdigest()[:16]
+    key = digest([CACHE_VERSION, stats, target, size, cases.classes, cases.ranges, cases.modality,
+                  cases.channels])
     folder = Path(cache) / key
     if (folder / "index.json").is_file():
         return SliceDataset(folder)
@@ -617,8 +622,8 @@ FREE = {"resume", "device", "cache", "out", "predict", "checkpoint", "scratch", 
         "method", "save_every", "labelled", "seeds", "mean_teacher", "no_peek", "peek_every"}
 
 # What the row "scratch" depends on, in every script; with equal ones it can be read by --scratch.
-BASELINE = ["data", "split", "precision", "width", "depth", "spacing", "size", "steps", "batch",
-            "lr", "rotation"]
+BASELINE = ["data", "cases", "split", "precision", "width", "depth", "spacing", "size", "steps",
+            "batch", "lr", "rotation"]
 
 
 def _add_run_options(group, method):
@@ -761,6 +766,8 @@ class Run:
             o.spacing = spacing if o.spacing is None else o.spacing
             o.size = size if o.size is None else o.size
         o.depth = getattr(o, "depth", 4)                           # not all scripts ask
+        who = [[case.name, case.patient, bool(case.label)] for case in self.cases]
+        o.cases = digest([who, self.split])                        # other scans: another run
         self.check()
         self.start = load_start(o.init, self.unet()) if o.init else None
         self.baselines = {"scratch": BASELINE}                     # rows that --scratch may read
@@ -773,7 +780,14 @@ class Run:
         unit = 2 ** o.depth
         if "labelled" not in o.given:                              # a default is no wish
             o.labelled = [n for n in o.labelled if n <= most] or [most]
+        for name, value in vars(o).items():
+            flag = f"--{name.replace('_', '-')} {value}"
+            if isinstance(value, float):
+                refuse([(not math.isfinite(value), f"{flag}: use a finite number"),
+                        (name.endswith("lr") and value < 0, f"{flag}: use 0 or more")])
         refuse([
+            (len(set(o.labelled)) < len(o.labelled) or len(set(o.seeds)) < len(o.seeds),
+             "--labelled, --seeds: give every number once"),
             (o.size % unit or o.size < 2 * unit,
              f"--size {o.size}: use a multiple of {unit}, {2 * unit} or more"),
             (o.spacing <= 0, f"--spacing {o.spacing}: use mm above 0"),
@@ -791,6 +805,10 @@ class Run:
         classes = classes or len(self.classes)
         return UNet(self.channels, classes, self.o.width, self.o.depth)
 
+    def patients(self, n):
+        """The n labelled patients of a row: the first in the split's order. (Pix2Rep: by group.)"""
+        return self.split["labelled"][:n]
+
     def kept(self):
         """The options that a checkpoint must share to belong to this run."""
         return {k: v for k, v in vars(self.o).items() if k not in FREE}
@@ -800,17 +818,17 @@ class Run:
         o, split = self.o, self.split
         self.dataset = prepare(self.cases, o.spacing, o.size, o.cache)
         self.train = self.dataset.of_patients(split["train"])
+        for row in self.all_rows(self.baselines):                  # does --scratch fit?
+            self.shared(row)
         self.out = start_run(o.out, vars(o), o.resume)
         print(f"{self.root}: {self.cases.layout}, {len(self.cases)} volumes, "
               f"{len(self.dataset.volume)} slices, classes {', '.join(self.classes)}")
         for warning in self.warnings():
             print(f"warning: {warning}")
         print(f"split {split['rule']}: {len(split['train'])} train ({len(self.train)} slices), "
-              f"{len(split['val'])} val, {len(split['test'])} test; labelled in this order: "
-              f"{' '.join(split['labelled'][:max(o.labelled)])}")
-        if "labelled" not in o.given:
-            numbers = " ".join(map(str, o.labelled))
-            print(f"--labelled {numbers}, of {len(split['labelled'])} patients with labels")
+              f"{len(split['val'])} val, {len(split['test'])} test")
+        for n in o.labelled:
+            print(f"{n} of {len(split['labelled'])} labelled: {' '.join(self.patients(n))}")
         print(f"options {self.kept()}\non {self.device}, {torch.get_num_threads()} threads")
 
     def warnings(self):
@@ -831,8 +849,15 @@ class Run:
         return net.to(self.device, memory_format=torch.channels_last)
 
     def log(self, phase, **values):
-        """Append one JSON line to log.jsonl; tensors are read."""
-        row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        """Append one JSON line to log.jsonl; tensors are read. DataError if one is not finite."""
+        row = {}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                value = value.item()
+                if not math.isfinite(value):
+                    raise DataError(f"{phase}, step {values.get('step')}: {name} is {value}; "
+                                    "use a lower rate, and another --out")
+            row[name] = value
         log(self.out, phase=phase, **row)
 
     # ------------------------------------------------------------ training
@@ -843,17 +868,21 @@ class Run:
         phase: "pretrain" or the name of a row. modules: all that has weights or state.
         """
         path = self.out / ("pretraining.pt" if phase == "pretrain" else "finetuning.pt")
-        begun, first = time.time(), 0
+        begun = time.time()
+        first = 0
         if self.o.resume and path.exists():
             state = load_checkpoint(path, self.o.method, self.kept())
             if state["phase"] == phase:
                 first = resume_training(state, modules, optimiser)
+                begun -= state["seconds"]                          # of the runs before
         for step in trange(first, total, initial=first, total=total, desc=phase, disable=None):
             yield step
             if (step + 1) % self.o.save_every == 0 or step == total - 1:
                 save_checkpoint(path, method=self.o.method, options=self.kept(), phase=phase,
+                                seconds=time.time() - begun,
                                 **training_state(step + 1, modules, optimiser))
-        self.log(phase, seconds=time.time() - begun)
+        self.seconds = time.time() - begun
+        self.log(phase, seconds=self.seconds)
 
     def pretrained(self):
         """What there is to start from: --init, or the pretrained.pt of a resumed run; else None."""
@@ -872,50 +901,60 @@ class Run:
 
     def rows(self, *methods):
         """The rows that are still to be trained, one after another; finished ones are read."""
-        for n in self.o.labelled:
-            for seed in self.o.seeds:
-                for method in methods:
-                    row = Row(method, n, seed)
-                    content = self.finished(row)
-                    if content is None:
-                        self.begun = time.time()
-                        yield row
-                    else:
-                        self.collect(row, content)
+        for row in self.all_rows(methods):
+            content = self.finished(row)
+            if content is None:
+                yield row
+            else:
+                self.collect(row, content)
+
+    def all_rows(self, methods):
+        """The rows of these methods in the order of the table."""
+        o = self.o
+        return [Row(m, n, seed) for n in o.labelled for seed in o.seeds for m in methods]
 
     def checkpoint(self, row):
-        """Where the network of a row lies: in --scratch if it is there, else in the run."""
-        if self.o.scratch and row.method in self.baselines:
-            path = Path(self.o.scratch) / f"{row.name}.pt"
-            if path.exists():
-                return path
-        return self.out / f"{row.name}.pt"
+        """Where the network of a row that is done lies: in the run, or else in --scratch."""
+        path = self.out / f"{row.name}.pt"
+        return path if path.exists() else Path(self.o.scratch) / f"{row.name}.pt"
+
+    def shared(self, row):
+        """The checkpoint of a row in --scratch, or None. DataError if made otherwise."""
+        if not self.o.scratch or row.method not in self.baselines:
+            return None
+        path = Path(self.o.scratch) / f"{row.name}.pt"
+        if not path.exists():
+            return None
+        options = self.kept()
+        content = load_checkpoint(path, None, {k: options[k] for k in self.baselines[row.method]})
+        if content["patients"] != self.patients(row.labelled):
+            raise DataError(f"{path}: trained on {' '.join(content['patients'])}, this run takes "
+                            f"{' '.join(self.patients(row.labelled))}; leave out --scratch")
+        return content
 
     def finished(self, row):
         """The checkpoint of a row that is done, here (--resume) or in --scratch; else None."""
-        path = self.checkpoint(row)
-        if path.parent != self.out:
-            options = self.kept()
-            return load_checkpoint(path, None, {k: options[k] for k in self.baselines[row.method]})
+        path = self.out / f"{row.name}.pt"
         if self.o.resume and path.exists():
             return load_checkpoint(path, self.o.method, self.kept())
-        return None
+        return self.shared(row)
 
-    def score(self, row, patients, net, **others):
+    def score(self, row, net, **others):
         """Score the trained network of a row, save both, and print a line.
 
-        patients: those it was trained on. others: networks scored beside it, as swin=...
+        others: networks scored beside it, as swin=...
         """
         nets = {"": net, **others}
         trained = time.time()
-        content = {"rows": {k: score(v, self) for k, v in nets.items()}, "patients": patients,
+        content = {"rows": {k: score(v, self) for k, v in nets.items()},
+                   "patients": self.patients(row.labelled),
                    "method": self.o.method, "row": row.method, "options": self.kept(),
                    "classes": self.classes, "channels": self.channels,
                    "modality": self.cases.modality, "unet": net.state_dict(),
                    **{k: v.state_dict() for k, v in others.items()}}
         save_checkpoint(self.out / f"{row.name}.pt", **content)
-        now = time.time()
-        self.log(row.name, seconds=now - self.begun, seconds_scoring=now - trained)
+        scoring = time.time() - trained
+        self.log(row.name, seconds=self.seconds + scoring, seconds_scoring=scoring)
         self.collect(row, content)
 
     def collect(self, row, content):
@@ -1008,7 +1047,7 @@ def log(out, **row):
     """Append one JSON line to log.jsonl."""
     path = Path(out) / "log.jsonl"
     with writing(path), open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(without_nan(row)) + "\n")
 
 
 def read_log(out):
@@ -1086,6 +1125,9 @@ def predict_files(o, build=build_unet):
     like = Cases([], ".", "plain", classes, modality=content["modality"],
                  channels=content["channels"])
     for file in map(Path, o.predict):
+        first = re.sub(r"_\d{4}\.nii", "_0000.nii", str(file))
+        if like.channels > 1 and first != str(file) and first in map(str, o.predict):
+            continue                                               # read with its first channel
         image, spacing = read_image(channel_files(file, like.channels), like)      # [C, V, H, W]
         if like.modality == "CT" and not all(in_hounsfield(c) for c in image):
             print(f"warning: {hounsfield_warnings([file.name])[0]}")

@@ -100,7 +100,7 @@ def stem(path):
 
 def patient_of(name):
     """The patient of a case name: a time frame at its end (_ED, _ES, _frame07) is cut off."""
-    return re.sub(r"[_-](ED|ES|frame\d+)$", "", name)
+    return re.sub(r"[_-](ED|ES|frame\d+)$", "", name, flags=re.IGNORECASE)
 
 
 def _niftis(folder, pattern="*"):

@@ -328,10 +328,10 @@ def pretrain(run, large):
 # ------------------------------------------------------------------------------------ fine-tuning
 
 
-def finetune(run, row, patients, start=None):
+def finetune(run, row, start=None):
     """Train a U-Net on the labelled slices of `patients`, from scratch or from pretrained.pt."""
     o = run.o
-    numbers = run.dataset.of_patients(patients, labelled=True)
+    numbers = run.dataset.of_patients(run.patients(row.labelled), labelled=True)
     torch.manual_seed(row.seed)
     unet = run.place(run.unet())
     taken = []
@@ -442,9 +442,8 @@ def main(arguments=None):
     is_pcl = o.decoder_blocks == o.lambda2 == o.lambda3 == 0
     ours = "pcl" if is_pcl else METHOD
     for row in run.rows("scratch", ours):
-        patients = run.split["labelled"][:row.labelled]
-        unet = finetune(run, row, patients, start if row.method == ours else None)
-        run.score(row, patients, unet)
+        unet = finetune(run, row, start if row.method == ours else None)
+        run.score(row, unet)
     common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", ours))
     draw_heat(run, start)
     if o.init:                                                     # no heads of these options

@@ -63,6 +63,7 @@ slices, K classes.
 """
 import copy
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -87,7 +88,7 @@ OPTIONS = [
     ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (1.5 for the code's size: ours)"),
     ("size", None, 64, 128, "S, crop in pixels, divisible by 2^depth; 96 on ACDC"),
     ("loss", "infonce", None, None, "infonce (MIDL 2024) or barlow (v2)"),
-    ("pretrain_steps", 8000, 1000, 32800, "steps of pre-training (paper: 200 epochs)"),
+    ("pretrain_steps", 8000, 700, 32800, "steps of pre-training (paper: 200 epochs)"),
     ("pretrain_batch", 8, None, None, "B, slices a step, two views each (data.yaml: 16)"),
     ("pretrain_lr", 1e-3, None, 4.7e-4, "AdamW, 5 % warm-up, cosine to 0 (v2: 5e-4)"),
     ("pixels", 1000, None, 1000, "n, pixels of InfoNCE a step"),
@@ -114,19 +115,22 @@ PAPER_ALSO = ("constant Adam, soft Dice alone, a double convolution to 1024 chan
 # The rows without pre-training, and the options they depend on: what --scratch can read.
 BASELINES = {
     "scratch": common.BASELINE,
-    "random-probe": ["data", "split", "precision", "width", "depth", "dim", "spacing", "size",
-                     "probe_steps", "probe_lr", "batch", "rotation"],
+    "random-probe": ["data", "cases", "split", "precision", "width", "depth", "dim", "spacing",
+                     "size", "probe_steps", "probe_lr", "batch", "rotation"],
     "scratch-mt": [*common.BASELINE, "teacher_alpha", "teacher_weight"],
 }
 
 
 def check(run):
-    """Set v2's rate, refuse impossible options and an --init that does not fit (DataError)."""
+    """Say who is labelled and what --scratch may hold, refuse impossible options (DataError)."""
     o = run.o
     counts = [o.pretrain_steps, o.pretrain_batch, o.probe_steps, o.dim, o.projection]
+    run.patients = partial(few_shot, run.cases, run.split["labelled"])
+    run.baselines.update(BASELINES)
     common.refuse([
         (o.loss not in ("infonce", "barlow"), f"--loss {o.loss}: use infonce or barlow"),
         (o.depth < 1, f"--depth {o.depth}: use 1 or more"),
+        (o.dim < 3, f"--dim {o.dim}: use 3 or more, for the colours of Fig. 4"),
         (min(counts) < 1, "--pretrain-steps, --pretrain-batch, --probe-steps, --dim and "
          "--projection must be 1 or more"),
         (o.mean_teacher and o.batch < 2,
@@ -381,10 +385,10 @@ def collapse(o, z_a, z_b, vectors):
 # ------------------------------------------------------------------- linear probing, fine-tuning
 
 
-def linear_probe(run, row, patients, start=None):
+def linear_probe(run, row, start=None):
     """Train a 1x1 head on the frozen maps f(x), random or pre-trained; returns both in one."""
     o = run.o
-    numbers = run.dataset.of_patients(patients, labelled=True)
+    numbers = run.dataset.of_patients(run.patients(row.labelled), labelled=True)
     torch.manual_seed(row.seed)
     f = run.place(load_backbone(run, start))
     head = nn.Conv2d(o.dim, len(run.classes), 1).to(run.device)
@@ -458,7 +462,7 @@ def ramp(step, steps):
     return math.exp(-5 * missing ** 2)
 
 
-def finetune(run, row, patients, start=None):
+def finetune(run, row, start=None):
     """Train a U-Net on the labelled slices of `patients`, from scratch or from pretrained.pt.
 
     In rows "...-mt" half of every batch are unlabelled slices, on which the student has to agree
@@ -466,7 +470,7 @@ def finetune(run, row, patients, start=None):
     """
     o = run.o
     mean_teacher = row.method.endswith("-mt")
-    numbers = run.dataset.of_patients(patients, labelled=True)
+    numbers = run.dataset.of_patients(run.patients(row.labelled), labelled=True)
     torch.manual_seed(row.seed)
     unet = run.place(run.unet())
     if start:
@@ -671,15 +675,13 @@ def main(arguments=None):
     check(run)
     run.begin()
     start = run.pretrained() or pretrain(run)
-    run.baselines.update(BASELINES)
     methods = ["scratch", "random-probe", "probe", "pix2rep"]
     if o.mean_teacher:
         methods += ["scratch-mt", "pix2rep-mt"]
     for row in run.rows(*methods):
-        patients = few_shot(run.cases, run.split["labelled"], row.labelled)
         train = linear_probe if row.method.endswith("probe") else finetune
-        net = train(run, row, patients, start if row.method in PRETRAINED else None)
-        run.score(row, patients, net)
+        net = train(run, row, start if row.method in PRETRAINED else None)
+        run.score(row, net)
     common.draw_overlays(run, run.first_nets(build, "scratch", "probe", "pix2rep"))
     draw_similarity(run, start)
     draw_embeddings(run, start)

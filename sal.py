@@ -98,6 +98,7 @@ def check(run):
          "--weight-gp 0 --weight-la 0: nothing of the paper is left to train; drop one of them"),
         (not 0 < o.threshold <= 1,
          f"--threshold {o.threshold}: use a share of the volume's length in (0, 1]"),
+        (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (o.pretrain_steps < 1, "--pretrain-steps: use 1 or more"),
         (o.pairs < 2, "--pairs: use 2 or more"),
     ])
@@ -306,10 +307,10 @@ def pretrain(run):
 # ------------------------------------------------------------------------------------ fine-tuning
 
 
-def finetune(run, row, patients, start=None):
-    """Train a U-Net on the labelled slices of `patients`, from scratch or from pretrained.pt."""
+def finetune(run, row, start=None):
+    """Train a U-Net on the labelled slices of a row, from scratch or from pretrained.pt."""
     o = run.o
-    numbers = run.dataset.of_patients(patients, labelled=True)
+    numbers = run.dataset.of_patients(run.patients(row.labelled), labelled=True)
     torch.manual_seed(row.seed)
     unet = run.place(run.unet())
     if start:
@@ -409,9 +410,8 @@ def main(arguments=None):
     run.begin()
     start = run.pretrained() or pretrain(run)
     for row in run.rows("scratch", "sal"):
-        patients = run.split["labelled"][:row.labelled]
-        unet = finetune(run, row, patients, start if row.method == "sal" else None)
-        run.score(row, patients, unet)
+        unet = finetune(run, row, start if row.method == "sal" else None)
+        run.score(row, unet)
     common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", "sal"))
     if o.init:
         return run.report("overlays.png", LOOK_INIT)

@@ -421,7 +421,7 @@ def cct_r_chapter(setup):
 
     def train():
         row = common.Row("cct_r", 1, 0)
-        cct_r.train(run, row, run.split["labelled"][:1], registered)
+        cct_r.train(run, row, registered)
 
     spent = seconds_in_loop(setup, run, train, parts)
     whole = sum(spent.values())

@@ -674,8 +674,7 @@ def test_maps_of_both_networks(setting):
 
 def trained(run_, registered):
     """The weights of the U-Net's head after a tiny training."""
-    patients = run_.split["labelled"][:1]
-    students = cct_r.train(run_, common.Row("x", 1, 0), patients, registered)
+    students = cct_r.train(run_, common.Row("x", 1, 0), registered)
     return students.unet.head.weight.detach()
 
 
@@ -736,18 +735,17 @@ def test_rates(setting, registered, tmp_path, monkeypatch):
 
 def test_the_unet_starts_from_init_and_the_baseline_does_not(setting, registered, tmp_path):
     run_ = changed(setting, tmp_path, no_peek=True, lr=0., swin_lr=0., pretrained_lr=0.)
-    patients = run_.split["labelled"][:1]
-    fresh = cct_r.finetune(run_, common.Row("scratch", 1, 0), patients)
+    fresh = cct_r.finetune(run_, common.Row("scratch", 1, 0))
     torch.manual_seed(5)
     start = {"unet": setting.unet().state_dict(), "parts": ["encoder"]}
     run_.start = start
-    students = cct_r.train(run_, common.Row("x", 1, 0), patients, registered)
+    students = cct_r.train(run_, common.Row("x", 1, 0), registered)
     for name, value in students.unet.named_parameters():
         if name.startswith("encoder"):
             assert torch.equal(value, start["unet"][name])
         elif value.ndim > 1:
             assert not torch.equal(value, start["unet"][name])
-    again = cct_r.finetune(run_, common.Row("scratch", 1, 0), patients)
+    again = cct_r.finetune(run_, common.Row("scratch", 1, 0))
     for a, b in zip(fresh.parameters(), again.parameters()):
         assert torch.equal(a, b)
 

@@ -1033,7 +1033,7 @@ def fill(run):
     names = []
     for row in run.rows("scratch", "other"):
         torch.manual_seed(zlib.crc32(row.name.encode()))           # a network of its own
-        run.score(row, run.split["labelled"][:row.labelled], run.unet())
+        run.score(row, run.unet())
         names.append(row.name)
     return names
 
@@ -1144,7 +1144,7 @@ def test_a_run_of_nothing_but_scratch_rows_of_another(filled, phantom, tmp_path)
 def test_networks_beside_the_first_have_rows_of_their_own(phantom, tmp_path):
     run = opened(phantom, tmp_path)
     for row in run.rows("other"):
-        run.score(row, run.split["labelled"][:1], run.unet(), swin=Everywhere(1, 4))
+        run.score(row, run.unet(), swin=Everywhere(1, 4))
     assert list(results(run)) == [("other", 1, 0), ("other, swin", 1, 0)]
     assert results(run)[("other, swin", 1, 0)]["missed"] == 4      # Myo and LV of two volumes
     again = opened(phantom, tmp_path, "--resume")

@@ -336,8 +336,7 @@ def test_linear_probing_leaves_the_backbone(begun):
     f = pix2rep.load_backbone(run_)
     f(torch.rand(8, 1, 32, 32))                                    # running statistics of its own
     want = {k: v.clone() for k, v in f.state_dict().items() if not k.startswith("unet.head")}
-    patients = run_.split["labelled"][:1]
-    net = pix2rep.linear_probe(run_, Row("probe", 1, 0), patients, start_of(f))
+    net = pix2rep.linear_probe(run_, Row("probe", 1, 0), start_of(f))
     got = net[0].state_dict()
     for name, value in want.items():
         assert torch.equal(got[name], value), name
@@ -350,8 +349,7 @@ def test_linear_probing_leaves_the_backbone(begun):
 
 def test_a_random_backbone_has_statistics_of_training_slices(begun):
     run_ = begun()
-    patients = run_.split["labelled"][:1]
-    net = pix2rep.linear_probe(run_, Row("random-probe", 1, 0), patients)
+    net = pix2rep.linear_probe(run_, Row("random-probe", 1, 0))
     torch.manual_seed(0)
     want = pix2rep.load_backbone(run_).state_dict()
     moved = 0
@@ -369,9 +367,8 @@ def test_pretrained_weights_reach_the_fine_tuned_network(begun):
     run_ = begun("--pretrained-lr", 0, "--head-lr", 0, "--lr", 0)
     torch.manual_seed(5)
     start = start_of(pix2rep.load_backbone(run_))
-    patients = run_.split["labelled"][:1]
-    tuned = pix2rep.finetune(run_, Row("pix2rep", 1, 0), patients, start)
-    scratch = pix2rep.finetune(run_, Row("scratch", 1, 0), patients)
+    tuned = pix2rep.finetune(run_, Row("pix2rep", 1, 0), start)
+    scratch = pix2rep.finetune(run_, Row("scratch", 1, 0))
     for (name, value), fresh in zip(tuned.named_parameters(), scratch.parameters()):
         if name.startswith("head"):
             assert torch.equal(value, fresh), name
@@ -387,8 +384,7 @@ def test_backbone_and_head_have_rates_of_their_own(still, moves, begun):
     start = start_of(pix2rep.load_backbone(run_))
     torch.manual_seed(0)
     drawn = run_.unet().state_dict()
-    patients = run_.split["labelled"][:1]
-    tuned = pix2rep.finetune(run_, Row("pix2rep", 1, 0), patients, start)
+    tuned = pix2rep.finetune(run_, Row("pix2rep", 1, 0), start)
     for name, value in tuned.named_parameters():
         if value.ndim == 4:
             first = drawn[name] if name.startswith("head") else start["unet"][name]
@@ -426,13 +422,12 @@ def test_mean_teacher_by_hand():
 
 def test_unlabelled_slices_count_for_the_teacher_only(begun):
     run_ = begun()
-    patients = run_.split["labelled"][:1]
     weights = {}
     for method in ("scratch", "scratch-mt"):
         for name, unlabelled in (("one", np.arange(10, 20)), ("again", np.arange(10, 20)),
                                  ("other", np.arange(20, 30))):
             run_.train = unlabelled
-            net = pix2rep.finetune(run_, Row(method, 1, 0), patients)
+            net = pix2rep.finetune(run_, Row(method, 1, 0))
             weights[method, name] = net.encoder.blocks[0][0].weight
     assert torch.equal(weights["scratch-mt", "one"], weights["scratch-mt", "again"])
     assert not torch.equal(weights["scratch-mt", "one"], weights["scratch-mt", "other"])
@@ -442,10 +437,9 @@ def test_unlabelled_slices_count_for_the_teacher_only(begun):
 def test_a_teacher_is_kept_only_where_there_is_one(begun):
     """finetuning.pt has the student, and with Mean Teacher the teacher as well, who is frozen."""
     run_ = begun()
-    patients = run_.split["labelled"][:1]
     nets = {}
     for method, modules in (("scratch", 1), ("scratch-mt", 2)):
-        nets[method] = pix2rep.finetune(run_, Row(method, 1, 0), patients)
+        nets[method] = pix2rep.finetune(run_, Row(method, 1, 0))
         state = common.load_checkpoint(run_.out / "finetuning.pt")
         assert len(state["modules"]) == modules
     assert all(p.requires_grad for p in nets["scratch"].parameters())
@@ -460,9 +454,8 @@ def test_a_probe_and_a_teacher_go_on_in_the_middle(method, begun, monkeypatch):
     """Interrupted at step 2 of 4 and resumed: the weights of the undisturbed training."""
     run_ = begun("--steps", 4, "--probe-steps", 4, "--save-every", 2)
     row = Row(method, 1, 0)
-    patients = run_.split["labelled"][:1]
     train = pix2rep.linear_probe if method.endswith("probe") else pix2rep.finetune
-    whole = train(run_, row, patients)
+    whole = train(run_, row)
     save = common.save_checkpoint
 
     def save_and_stop(path, **content):
@@ -471,10 +464,10 @@ def test_a_probe_and_a_teacher_go_on_in_the_middle(method, begun, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common, "save_checkpoint", save_and_stop)
-        train(run_, row, patients)
+        train(run_, row)
     assert common.load_checkpoint(run_.out / "finetuning.pt")["step"] == 2
     run_.o.resume = True
-    assert same_weights(train(run_, row, patients).state_dict(), whole.state_dict())
+    assert same_weights(train(run_, row).state_dict(), whole.state_dict())
 
 
 def same_weights(a, b):
@@ -650,7 +643,7 @@ def test_scratch_reads_all_rows_without_pretraining(taught, barlow_run, phantom)
         assert same_weights(trained(work / "read", method), trained(barlow_run, method))
     assert per_volume(work / "read") == per_volume(barlow_run)
     assert not (work / "read/figures/annotation_saved.png").exists()       # one number of patients
-    refused(run("pix2rep", *words, "--scratch", "taught", "--lr", .03, "--out", "r", cwd=work),
+    refused(run("pix2rep", *words, "--scratch", "taught", "--lr", .03, "--out", "p_r", cwd=work),
             "scratch_n1_s0.pt", "lr =")
     refused(run("pix2rep", *words, "--scratch", "taught", "--dim", 16, "--out", "r2", cwd=work),
             "random-probe_n1_s0.pt", "dim =")
@@ -727,11 +720,10 @@ def test_build_gives_back_the_network(method, begun):
     """From a row's checkpoint: the network that was scored."""
     run_ = begun()
     row = Row(method, 1, 0)
-    patients = run_.split["labelled"][:1]
     train = pix2rep.linear_probe if method.endswith("probe") else pix2rep.finetune
     run_.begun = 0
-    net = train(run_, row, patients)
-    run_.score(row, patients, net)
+    net = train(run_, row)
+    run_.score(row, net)
     built = pix2rep.build(common.load_checkpoint(run_.out / f"{row.name}.pt")).eval()
     x = torch.rand(2, 1, 32, 32)
     with torch.no_grad():

@@ -34,9 +34,8 @@ def test_pretrained_encoder_reaches_the_fine_tuned_network(finished, phantom, tm
     out, work, _ = finished("sal")
     sal, run_ = begun(phantom, work, tmp_path, "--lr", 0, "--pretrained-lr", 0)
     start = common.load_checkpoint(out / "pretrained.pt", "sal")
-    patients = run_.split["labelled"][:1]
-    unet = sal.finetune(run_, common.Row("sal", 1, 0), patients, start)
-    scratch = sal.finetune(run_, common.Row("scratch", 1, 0), patients)
+    unet = sal.finetune(run_, common.Row("sal", 1, 0), start)
+    scratch = sal.finetune(run_, common.Row("scratch", 1, 0))
     for (name, value), fresh in zip(unet.named_parameters(), scratch.parameters()):
         if name.startswith("encoder"):
             assert torch.equal(value, start["unet"][name])
@@ -50,7 +49,7 @@ def test_rates_of_the_two_groups(finished, phantom, tmp_path):
     out, work, _ = finished("sal")
     sal, run_ = begun(phantom, work, tmp_path, "--pretrained-lr", 0)
     start = common.load_checkpoint(out / "pretrained.pt", "sal")
-    unet = sal.finetune(run_, common.Row("sal", 1, 0), run_.split["labelled"][:1], start)
+    unet = sal.finetune(run_, common.Row("sal", 1, 0), start)
     for name, value in unet.named_parameters():
         if name.startswith("encoder"):
             assert torch.equal(value, start["unet"][name])
@@ -122,6 +121,7 @@ def test_bad_options_of_sal(finished, phantom, tmp_path):
     refused(go("--weight-la", 0, "--weight-gp", 0), "nothing is left")
     refused(go("--threshold", 0), "--threshold 0.0")
     refused(go("--pairs", 1), "--pairs")
+    refused(go("--temperature", 0), "--temperature 0.0")
     assert not (tmp_path / "o").exists()
 
 

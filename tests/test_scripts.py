@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS, SHARED, command, options, refused, run, save, volume
+from conftest import SCRIPTS, SHARED, command, options, refused, run, save, started, volume
 
 import common
 import data
@@ -89,6 +89,43 @@ def test_test_patients_are_never_trained_on(script, finished, phantom):
     assert not scored & set(split["train"])
     for r in rows:
         assert set(r["patients"]) <= set(split["labelled"])
+
+
+@pytest.mark.parametrize("script", ["sal", "pix2rep", "macl"])
+def test_what_training_reads(script, finished, phantom, tmp_path, monkeypatch):
+    """Pre-training: slices of training patients, no label. A row: labels of its own patients."""
+    _, work, _ = finished(script)
+    words = ["--data", phantom, "--cache", work / "cache", "--out", tmp_path / "o"]
+    module, run_ = started(script, *words)
+    read = {"image": [], "label": []}
+    for kind in read:
+        whole = getattr(common.SliceDataset, kind)
+
+        def watched(self, numbers, device="cpu", kind=kind, whole=whole):
+            read[kind].extend(np.asarray(numbers).tolist())
+            return whole(self, numbers, device)
+
+        monkeypatch.setattr(common.SliceDataset, kind, watched)
+    more = ()
+    if script == "macl":                                           # pre-trains at a size of its own
+        o = run_.o
+        more = (common.prepare(run_.cases, o.spacing, o.pretrain_size, o.cache),)
+    start = module.pretrain(run_, *more)
+    train = set(run_.train.tolist())
+    assert read["image"]
+    assert set(read["image"]) <= train
+    assert not read["label"]
+    own = set(run_.dataset.of_patients(run_.patients(1)).tolist())
+    trainings = [module.finetune]
+    if script == "pix2rep":
+        trainings.append(module.linear_probe)
+    for training in trainings:
+        for begin in (start, None):
+            read["label"].clear()
+            training(run_, common.Row(script, 1, 0), begin)
+            assert read["label"]
+            assert set(read["label"]) <= own
+    assert set(read["image"]) <= train
 
 
 @every_script
@@ -175,6 +212,28 @@ def test_a_resumed_run_may_have_more_rows(finished, phantom):
     assert (work / "grown/per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
 
 
+def test_a_resumed_run_needs_the_same_scans(phantom, tmp_path):
+    """One more patient changes the split: neither the run nor its baseline may be used."""
+    shutil.copytree(phantom, tmp_path / "d")
+    words = ["--data", tmp_path / "d", *options("sal"), "--out", "o"]
+    assert run("sal", *words, cwd=tmp_path).returncode == 0
+    for file in (tmp_path / "d").glob("*Tr/phantom006*"):
+        shutil.copy(file, file.with_name(file.name.replace("006", "007")))
+    refused(run("sal", *words, "--resume", cwd=tmp_path), "run made with cases")
+    refused(run("sal", *words, "--out", "p", "--scratch", "o", cwd=tmp_path), "made with cases")
+    assert not (tmp_path / "p").exists()                           # found before pre-training
+
+
+def test_scratch_of_other_patients_is_refused(finished, phantom, tmp_path):
+    out, work, _ = finished("sal")
+    content = common.load_checkpoint(out / "scratch_n1_s0.pt")
+    content["patients"] = ["somebody"]
+    (tmp_path / "other").mkdir()
+    common.save_checkpoint(tmp_path / "other/scratch_n1_s0.pt", **content)
+    words = ["--data", phantom, *options("sal"), "--scratch", tmp_path / "other"]
+    refused(run("sal", *words, "--out", "q", cwd=work), "trained on somebody", "--scratch")
+
+
 # ------------------------------------------------------------------------------------ new volumes
 
 
@@ -250,7 +309,10 @@ def test_bad_paths_and_options(finished, phantom, tmp_path):
     refused(run("sal", "--data", tmp_path / "nothing", cwd=tmp_path), "does not exist")
     refused(go("--labelled", 1, 99), "--labelled 99", "only")
     refused(go("--labelled", 0), "--labelled", "1 or more")
+    refused(go("--seeds", 0, 0), "--seeds", "once")
     refused(go("--size", 40), "--size 40", "multiple of 16")
+    refused(go("--spacing", "nan"), "--spacing nan")
+    refused(go("--pretrain-lr", -1), "--pretrain-lr -1.0", "0 or more")
     refused(go("--scratch", tmp_path / "nothing"), "--scratch", "not the folder of a run")
     refused(go("--device", "mps" if torch.cuda.is_available() else "cuda:7"), "not available")
     refused(go("--init", out / "options.json"), "options.json", "not a checkpoint")
