@@ -662,7 +662,8 @@ def draw_annotation_saved(run):
 
 # ------------------------------------------------------------------------------------------- main
 
-LOOK = """once pre-trained, the bright spot lies at the same place of the anatomy in every patient.
+LOOK = """once pre-trained, what is like the queried pixel (bright, last row) is its tissue in
+every patient, and the best match (o) lies in the same ventricle.
 In the table, `probe` beside `random-probe` is what the vectors teach a 1x1 layer, and `gain` what
 they are worth beside the same network from scratch."""
 

@@ -1,0 +1,105 @@
+"""The pages: every table comes from a kept run, every link leads somewhere."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "results"))
+import tables
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]
+
+
+def make(folder, *words):
+    """Run results/tables.py of this copy of the repository."""
+    return subprocess.run([sys.executable, folder / "results/tables.py", *map(str, words)],
+                          text=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the pages and runs."""
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def test_the_pages_hold_what_the_runs_say(copy):
+    done = make(copy, "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_digit_changed_by_hand_is_found(copy):
+    page = copy / "results/phantom.md"
+    text = page.read_text()
+    found = re.search(r"\| demo_sal \| 1 \| sal \| 0\.(\d)", text)
+    digit = str((int(found[1]) + 1) % 10)
+    page.write_text(text[:found.start(1)] + digit + text[found.end(1):])
+    done = make(copy, "--check")
+    assert done.returncode == 1
+    assert "phantom.md" in done.stderr
+    assert make(copy).returncode == 0                              # written anew
+    assert page.read_text() == text
+
+
+def test_runs_of_other_patients_are_not_compared(copy):
+    runs = copy / "results/runs"
+    done = make(copy, runs / "demo_sal", runs / "val_sal_240")
+    assert done.returncode == 1
+    assert "split is val" in done.stderr
+    done = make(copy, runs / "nothing")
+    assert "not a finished run" in done.stderr
+
+
+def test_gain_and_interval_by_hand():
+    """Two patients with gains 10 and 30: the mean is 20, and drawn anew 10, 20 or 30."""
+    volumes = []
+    for patient, gain in (("a", .1), ("b", .3)):
+        for method, dice in (("scratch", .5), ("sal", .5 + gain)):
+            for seed, away in ((0, -.05), (1, .05)):               # seeds are averaged
+                volumes.append({"method": method, "labelled": "1", "seed": str(seed),
+                                "patient": patient, "class": "RV", "dice": str(dice + away)})
+            volumes.append({"method": method, "labelled": "1", "seed": "0", "patient": patient,
+                            "class": "LV", "dice": "nan"})         # absent: left out
+    run = {"volumes": volumes}
+    assert tables.by_patient(run, "sal", 1) == pytest.approx({"a": .6, "b": .8})
+    assert tables.interval(run, "sal", 1) == pytest.approx([10, 30])
+
+
+def test_means_of_the_kept_runs_follow_from_their_volumes():
+    for folder in sorted((ROOT / "results/runs").iterdir()):
+        run = tables.read_run(folder)
+        for row in run["metrics"]["rows"]:
+            key = (row["method"], str(row["labelled"]), str(row["seed"]))
+            dice = []
+            for name in row["dice"]:
+                own = [float(v["dice"]) for v in run["volumes"]
+                       if (v["method"], v["labelled"], v["seed"], v["class"]) == (*key, name)]
+                dice.append(np.nanmean(own))
+            assert row["mean_dice"] == pytest.approx(np.mean(dice), abs=1e-9), folder
+        assert re.match(r"commit \w{7}; python \w+\.py ", (folder / "run.txt").read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    here = [link for link in links if not link.startswith("http")]
+    for link in here:
+        assert (page.parent / link).exists(), link
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_metrics_of_the_kept_runs_are_json():
+    def no_nan(word):
+        raise AssertionError(word)
+
+    for file in sorted((ROOT / "results/runs").glob("*/metrics.json")):
+        json.loads(file.read_text(), parse_constant=no_nan)
