@@ -1333,9 +1333,9 @@ def draw_pseudo_labels(run):
 
 # ------------------------------------------------------------------------------------------- main
 
-LOOK = """what registration brings onto a labelled scan can take its label.
-figures/pseudo_labels.png has the Dice of such labels beside that of the networks' own: look for
-the step at which the networks overtake the registration."""
+LOOK = """what registration brings onto a labelled scan can take its label: the fourth column
+should look like the first. pseudo_labels.png beside it has the Dice of such labels and of the
+networks' own over training: see how soon, or whether, the networks overtake the registration."""
 
 
 def main(arguments=None):

@@ -648,7 +648,9 @@ def _add_run_options(group, method):
 
 
 def _shown(value):
-    """A value of the table as it is typed: 1 3 7 for a list, four digits of a number."""
+    """A value of the table as it is typed: 1 3 7 for a list, four digits of a number; on, off."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, list):
         return " ".join(map(_shown, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -658,7 +660,7 @@ def _add_table(group, table, source):
     """One flag a line of the table; its help shows our value, the phantom's and the source's."""
     for name, real, phantom, paper, text in table:
         known = [v for v in (real, phantom, paper) if v is not None]
-        kind = known[0]
+        kind = known[0] if known else ""
         values = ["by the data" if real is None else _shown(real)]
         if phantom is not None:
             values.append(f"phantom: {_shown(phantom)}")
@@ -666,7 +668,7 @@ def _add_table(group, table, source):
             values.append(f"{source}: {_shown(paper)}")
         settings = {"help": f"{text} [{'; '.join(values)}]", "default": argparse.SUPPRESS}
         if isinstance(kind, bool):
-            settings.update(help=text, action="store_true")
+            settings["action"] = "store_true"
         elif isinstance(kind, list):
             settings.update(type=type(kind[0]), nargs="+", metavar="N")
         else:
@@ -773,13 +775,17 @@ class Run:
         self.baselines = {"scratch": BASELINE}                     # rows that --scratch may read
         self.runs = []                                             # rows of metrics.json
         self.volume_rows = []                                      # rows of per_volume.csv
+        self.seconds = 0.                                          # of the last training loop
 
     def check(self):
         """Raise DataError where an option that all scripts have is impossible."""
         o, most = self.o, len(self.split["labelled"])
         unit = 2 ** o.depth
         if "labelled" not in o.given:                              # a default is no wish
-            o.labelled = [n for n in o.labelled if n <= most] or [most]
+            fewer = [n for n in o.labelled if n <= most] or [most]
+            if fewer != o.labelled:
+                print(f"--labelled {_shown(fewer)}: only {most} training patients have labels")
+            o.labelled = fewer
         for name, value in vars(o).items():
             flag = f"--{name.replace('_', '-')} {value}"
             if isinstance(value, float):

@@ -794,21 +794,29 @@ def test_help_shows_every_value_of_the_table(script, capsys, monkeypatch):
         assert found
         assert values.endswith("]")
         values = values[:-1].split("; ")
-        assert values[0] in (str(real), "by the data")
-        assert (values[0] == "by the data") == (real is None)
-        want = [f"phantom: {phantom}"] if phantom is not None else []
-        want += [f"paper: {paper}"] if paper is not None else []
+        assert values[0] == ("by the data" if real is None else typed(real))
+        want = [f"phantom: {typed(phantom)}"] if phantom is not None else []
+        want += [f"paper: {typed(paper)}"] if paper is not None else []
         assert values[1:] == want
+
+
+def typed(value):
+    """A value as --help shows it."""
+    if isinstance(value, list):
+        return " ".join(typed(v) for v in value)
+    if isinstance(value, bool):
+        return {True: "on", False: "off"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def test_help_by_hand(capsys, monkeypatch):
     said = printed_help(TABLE, capsys, monkeypatch)
-    assert said["--steps"] == "X steps of fine-tuning [1200; phantom: 240; paper: 9000]"
-    assert said["--threshold"] == "X 100 % of a volume [by the data; paper: 0.25]"
-    labelled = "N [N ...] numbers of labelled patients [[1, 3, 7]; phantom: [1]]"
+    assert said["--steps"] == "INT steps of fine-tuning [1200; phantom: 240; paper: 9000]"
+    assert said["--threshold"] == "FLOAT 100 % of a volume [by the data; paper: 0.25]"
+    labelled = "N [N ...] numbers of labelled patients [1 3 7; phantom: 1]"
     assert said["--labelled"] == labelled
-    assert said["--teacher"] == "a second network [False; paper: True]"
-    assert said["--batch"] == "X slices a step [8]"
+    assert said["--teacher"] == "a second network [off; paper: on]"
+    assert said["--batch"] == "INT slices a step [8]"
     assert "--paper" in said
 
 
@@ -831,8 +839,7 @@ def test_default_numbers_of_patients_become_fewer_rows(phantom, tmp_path, capsys
     o = parsed("--data", phantom, *TINY, "--out", tmp_path / "o", "--cache", tmp_path / "cache")
     run = common.Run(o)
     assert run.o.labelled == [1, 3]
-    run.begin()
-    assert "--labelled 1 3, of 4 patients with labels" in capsys.readouterr().out
+    assert "--labelled 1 3: only 4 training patients have labels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("default, left", [([7, 9], [4]), ([4, 5], [4]), ([2, 4], [2, 4])])
@@ -1129,9 +1136,10 @@ def test_scratch_is_read_out_of_another_run(filled, phantom, tmp_path):
     ("--precision", "bfloat16", "precision = float32, now bfloat16"),
 ])
 def test_scratch_of_other_options_is_refused(option, value, why, filled, phantom, tmp_path):
-    run = opened(phantom, tmp_path, "--scratch", filled[0] / "o", option, value)
+    """Before anything is written, not after an hour of pre-training."""
     with pytest.raises(data.DataError, match=why):
-        fill(run)
+        opened(phantom, tmp_path, "--scratch", filled[0] / "o", option, value)
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_run_of_nothing_but_scratch_rows_of_another(filled, phantom, tmp_path):
