@@ -118,7 +118,7 @@ def test_bad_options_of_sal(finished, phantom, tmp_path):
 
     refused(go("--windows", 3), "--windows 3", "does not divide", "divisor of 4")
     refused(go("--level", 5), "--level 5")
-    refused(go("--weight-la", 0, "--weight-gp", 0), "nothing is left")
+    refused(go("--weight-la", 0, "--weight-gp", 0), "nothing of the paper is left")
     refused(go("--threshold", 0), "--threshold 0.0")
     refused(go("--pairs", 1), "--pairs")
     refused(go("--temperature", 0), "--temperature 0.0")
