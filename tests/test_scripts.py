@@ -287,10 +287,10 @@ def test_init_from_another_methods_weights(finished, phantom):
     content["method"] = "macl"
     content["parts"] = ["encoder", "decoder"]
     common.save_checkpoint(work / "macl.pt", **content)
-    words = ["--data", phantom, *options("sal"), "--init", work / "macl.pt", "--out", "init"]
+    words = ["--data", phantom, *options("sal"), "--init", work / "macl.pt", "--out", "of_macl"]
     done = run("sal", *words, cwd=work)
     assert done.returncode == 0, done.stderr
-    assert not (work / "init/pretrained.pt").exists()
+    assert not (work / "of_macl/pretrained.pt").exists()
     assert "macl gives" in done.stdout
 
 
