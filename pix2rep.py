@@ -662,10 +662,10 @@ def draw_annotation_saved(run):
 
 # ------------------------------------------------------------------------------------------- main
 
-LOOK = """once pre-trained, what is like the queried pixel (bright, last row) is its tissue in
-every patient, and the best match (o) lies in the same ventricle.
-In the table, `probe` beside `random-probe` is what the vectors teach a 1x1 layer, and `gain` what
-they are worth beside the same network from scratch."""
+LOOK = """once pre-trained, one tissue has one colour in every patient, before any label
+was read (similarity.png beside it: what is like one pixel). In the table, `probe` beside
+`random-probe` is what the vectors teach a 1x1 layer, and `gain` what they are worth beside the same
+network from scratch."""
 
 
 def main(arguments=None):
@@ -688,7 +688,7 @@ def main(arguments=None):
     draw_embeddings(run, start)
     if len(set(o.labelled)) > 1:
         draw_annotation_saved(run)
-    run.report("similarity.png", LOOK)
+    run.report("embeddings.png", LOOK)
 
 
 if __name__ == "__main__":
