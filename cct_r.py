@@ -56,9 +56,10 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     choose nothing; the last checkpoint is scored [ours]. With one case [base] uses 23 slices of
     patient 099, we all 32. The paper's second set, an abdominal one (Synapse), was not run.
 
-Letters: B slices in a batch, C channels, K classes, S network size, V slices of a volume, Z, Y, X
-and z, y, x voxels of a box and its control points, d features of a pixel, n pixels of a group or
-anchors, G groups, M features in the bank, N slices of a dataset, t of T steps.
+Letters: B slices drawn at once, a quarter of --batch (2B: labelled and unlabelled ones joined), C
+channels, K classes, S network size, V slices of a volume, Z, Y, X and z, y, x voxels of a box and
+its control points, d features of a pixel, n pixels of a group or anchors, G groups, M features in
+the bank, N slices of a dataset, t of T steps.
 """
 import hashlib
 import json
@@ -127,7 +128,7 @@ def check(run):
     """Refuse impossible options. Raises DataError."""
     o = run.o
     most = len(run.split["train"])
-    if "labelled" not in o.given:                                  # a default is no wish
+    if "labelled" not in o.given:                                  # not typed: fewer, no refusal
         o.labelled = [n for n in o.labelled if n < most] or [1]
     common.refuse([
         (o.batch < 8 or o.batch % 4,
@@ -239,7 +240,8 @@ def local_contrast(maps, labels, size, groups, temperature):
     [B, h, w] of its pixels. Groups of background alone are skipped. Returns a scalar.
     """
     H, W = maps[0].shape[2:]
-    offset = [int(torch.randint(n % size + 1, ())) for n in (H, W)]
+    # rows and columns to leave out at the top and left: 0 to what `size` leaves over
+    offset = [int(torch.randint(side % size + 1, ())) for side in (H, W)]
     z = torch.cat([cut(m, size, offset) for m in maps], 1)         # [G, n, d]
     y = torch.cat([cut(c[:, None], size, offset) for c in labels], 1)[..., 0]        # [G, n]
     some = torch.nonzero((y > 0).any(1))[:, 0]                     # groups with an organ
@@ -257,7 +259,7 @@ class MemoryBank(nn.Module):
     def __init__(self, size, dim):
         super().__init__()
         self.register_buffer("z", torch.zeros(size, dim))
-        self.register_buffer("place", torch.full((size, 3), 1e6))
+        self.register_buffer("place", torch.full((size, 3), 1e6))  # empty: 1 km from all places
         self.register_buffer("volume", torch.full((size,), -1))    # -1: empty
         self.register_buffer("next", torch.tensor(0))
 
@@ -276,15 +278,16 @@ class MemoryBank(nn.Module):
         Returns (indices [n, k], whether within `radius` mm [n, k]).
         """
         own = volume[:, None] == self.volume                       # [n, M]
-        far = torch.cdist(place, self.place).masked_fill(own, torch.inf)
-        distance, index = far.topk(min(k, far.shape[1]), 1, largest=False)
+        away = torch.cdist(place, self.place)                      # [n, M] in mm
+        away = away.masked_fill(own, torch.inf)
+        distance, index = away.topk(min(k, away.shape[1]), 1, largest=False)
         return index, distance <= radius
 
 
 def reps_loss(z, place, volume, bank, radius, k, temperature):
     """REPS: positives are the bank's features of other volumes at the nearest common places.
 
-        L_i = - 1/|R(i)| sum_{p in R(i)} log exp(z_i.z_p/tau) / sum_{a in bank} exp(z_i.z_a/tau)
+        L_i = - 1/|R(i)| sum_{p in R(i)} log( exp(z_i.z_p/tau) / sum_{a in bank} exp(z_i.z_a/tau) )
 
     whatever any network predicts. z [n, d] before normalisation, place [n, 3] in mm, volume [n].
     Returns a scalar, the mean over the anchors that have a positive; 0 without any.
@@ -309,7 +312,7 @@ class Maps(NamedTuple):
     """What the two networks make of a batch: lists of two, the U-Net's and the Swin-UNet's."""
     logits: list                                                   # [B, K, S, S]
     coarse: list                                                   # [B, d, S/8, S/8], projected
-    full: list                                                     # [B, d, S/2, S/2]: half of it
+    full: list                                                     # [B, d, S/2, S/2]: every second
 
 
 class Students(nn.Module):
@@ -435,9 +438,9 @@ def start_training(run, seed):
 
 
 def train(run, row, registered):
-    """Train both networks on the labelled slices of `patients` and all other training slices.
+    """Train both networks on a row's labelled slices and on those of all other training patients.
 
-    registered: what registration knows with these patients. Returns the `Students`.
+    registered: the `Registered` of this number of patients. Returns the `Students`.
     """
     o, dataset, T = run.o, run.dataset, run.o.steps
     patients = run.patients(row.labelled)

@@ -752,7 +752,10 @@ class Run:
     calls no script.
     """
     def __init__(self, o):
-        """Find the data and check the options that all scripts have; nothing is written yet."""
+        """Find the data (or make the phantom), fill in what depends on it, check, load --init.
+
+        The run's own folder is not touched yet.
+        """
         self.o = o
         self.device = pick_device(o.device)
         self.dtype = getattr(torch, o.precision)
@@ -778,10 +781,10 @@ class Run:
         self.seconds = 0.                                          # of the last training loop
 
     def check(self):
-        """Raise DataError where an option that all scripts have is impossible."""
+        """Fit the default --labelled to the data; refuse what is impossible. Raises DataError."""
         o, most = self.o, len(self.split["labelled"])
         unit = 2 ** o.depth
-        if "labelled" not in o.given:                              # a default is no wish
+        if "labelled" not in o.given:                              # not typed: fewer, no refusal
             fewer = [n for n in o.labelled if n <= most] or [most]
             if fewer != o.labelled:
                 print(f"--labelled {_shown(fewer)}: only {most} training patients have labels")
@@ -824,8 +827,8 @@ class Run:
         o, split = self.o, self.split
         self.dataset = prepare(self.cases, o.spacing, o.size, o.cache)
         self.train = self.dataset.of_patients(split["train"])
-        for row in self.all_rows(self.baselines):                  # does --scratch fit?
-            self.shared(row)
+        for row in self.all_rows(self.baselines):
+            self.shared(row)                                       # raises if it does not fit
         self.out = start_run(o.out, vars(o), o.resume)
         print(f"{self.root}: {self.cases.layout}, {len(self.cases)} volumes, "
               f"{len(self.dataset.volume)} slices, classes {', '.join(self.classes)}")
@@ -948,10 +951,10 @@ class Run:
     def score(self, row, net, **others):
         """Score the trained network of a row, save both, and print a line.
 
-        others: networks scored beside it, as swin=...
+        others: networks scored beside it, as Swin=...
         """
         nets = {"": net, **others}
-        trained = time.time()
+        begun = time.time()
         content = {"rows": {k: score(v, self) for k, v in nets.items()},
                    "patients": self.patients(row.labelled),
                    "method": self.o.method, "row": row.method, "options": self.kept(),
@@ -959,7 +962,7 @@ class Run:
                    "modality": self.cases.modality, "unet": net.state_dict(),
                    **{k: v.state_dict() for k, v in others.items()}}
         save_checkpoint(self.out / f"{row.name}.pt", **content)
-        scoring = time.time() - trained
+        scoring = time.time() - begun
         self.log(row.name, seconds=self.seconds + scoring, seconds_scoring=scoring)
         self.collect(row, content)
 
@@ -967,13 +970,13 @@ class Run:
         """Add the scores of a row's checkpoint to metrics.json and per_volume.csv."""
         for name, rows in content["rows"].items():
             method = f"{row.method}, {name}" if name else row.method
-            run = run_row(row._replace(method=method), content["patients"], rows)
-            self.runs.append(run)
+            line = run_row(row._replace(method=method), content["patients"], rows)
+            self.runs.append(line)
             about = {"method": method, "labelled": row.labelled, "seed": row.seed}
             self.volume_rows += [{**about, **r} for r in rows]
             title = f"{method} n{row.labelled} s{row.seed}"
-            print(f"{title:24} mean Dice {run['mean_dice']:.3f}  HD95 {run['hd95_mm']:.1f} mm  "
-                  f"missed {run['missed']} of {run['n_scores']}")
+            print(f"{title:24} mean Dice {line['mean_dice']:.3f}  HD95 {line['hd95_mm']:.1f} mm  "
+                  f"missed {line['missed']} of {line['n_scores']}")
         self.summary, self.gains = summarise(self.runs)
         write_results(self)
 

@@ -147,8 +147,8 @@ def contrastive_loss(z, positive, temperature):
     with torch.autocast(z.device.type, enabled=False):             # float32 also under autocast
         sim = z @ z.mT / temperature                               # [..., M, M]: sim(z_i,z_j)/tau
     others = sim.masked_fill(itself, -torch.inf)                   # k != i: exp(-inf) = 0
-    weight = positive / positive.sum(1, keepdim=True)              # [M, M]: 1/|Omega_i+|, or 0
-    # - 1/|Omega_i+| sum_{j in Omega_i+} log exp(sim_ij) / sum_{k != i} exp(sim_ik)
+    weight = positive / positive.sum(1, keepdim=True)              # [M, M]: 1/|Omega_i+|, else 0
+    # - 1/|Omega_i+| sum_{j in Omega_i+} log( exp(sim_ij) / sum_{k != i} exp(sim_ik) )
     #     = log sum_{k != i} exp(sim_ik) - 1/|Omega_i+| sum_{j in Omega_i+} sim_ij
     repel = others.logsumexp(-1)                                   # [..., M]
     attract = (sim * weight).sum(-1)                               # [..., M]
@@ -163,8 +163,8 @@ def global_contrastive_loss(z_a, z_b, position, threshold, temperature):
     threshold <= 0.
     """
     positive = positive_pairs(position, threshold).to(z_a.device)  # [2N, 2N]
-    # L_g = - sum_i 1/|Omega_i+| sum_{j in Omega_i+} log exp(sim(Z_i,Z~_j)/tau)
-    #                                                / sum_{k != i} exp(sim(Z_i,Z~_k)/tau)   (9)
+    # L_g = - sum_i 1/|Omega_i+| sum_{j in Omega_i+} log( exp(sim(Z_i,Z~_j)/tau)
+    #                                                / sum_{k != i} exp(sim(Z_i,Z~_k)/tau) )   (9)
     # i, j, k run over all 2N projections, of both branches: the tilde is no more than a name
     return contrastive_loss(torch.cat([z_a, z_b]), positive, temperature)
 
@@ -329,7 +329,7 @@ def pretrain(run, large):
 
 
 def finetune(run, row, start=None):
-    """Train a U-Net on the labelled slices of `patients`, from scratch or from pretrained.pt."""
+    """Train a U-Net on the labelled slices of a row, from scratch or from pretrained.pt."""
     o = run.o
     numbers = run.dataset.of_patients(run.patients(row.labelled), labelled=True)
     torch.manual_seed(row.seed)

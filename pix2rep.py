@@ -463,7 +463,7 @@ def ramp(step, steps):
 
 
 def finetune(run, row, start=None):
-    """Train a U-Net on the labelled slices of `patients`, from scratch or from pretrained.pt.
+    """Train a U-Net on the labelled slices of a row, from scratch or from pretrained.pt.
 
     In rows "...-mt" half of every batch are unlabelled slices, on which the student has to agree
     with its teacher; the teacher is returned.

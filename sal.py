@@ -16,7 +16,7 @@ published no code. The paper has three numbered equations, which could not be re
 (WLA), (GP) are ours.
  1. LA pulls the best match of every pixel to similarity 1 with MAE, on slices with |i-j| / V < t
     [paper, Fig. 2]. Both directions (rows and columns of A) are averaged [ours].
- 2. WLA matches inside r x r windows [paper, Figs. 1, 2]. r = 4 [ours].
+ 2. WLA cuts the map into r x r windows and matches inside each [paper, Figs. 1, 2]. r = 4 [ours].
  3. X = N(E(F(S))): encoder F, linear embedding E, L2 norm over channels N [paper, by a review]. E
     has no bias, X comes from encoder level 3, 12 x 12 places at 96 x 96 [ours].
  4. GP: the paper's equation could not be read, so it is PCL's loss, z = pool, linear, ReLU, linear,
@@ -84,7 +84,7 @@ OPTIONS = [
 def check(run):
     """Fill in t, which depends on the data, and refuse impossible options. Raises DataError."""
     o = run.o
-    if o.threshold is None:                                        # 0.35 of 10 thick slices is 3
+    if o.threshold is None:                                        # ACDC: |i-j| <= 3 of 10 slices
         o.threshold = .35 if run.cases.layout == "ACDC" else .1
     common.refuse([(o.level not in range(5), f"--level {o.level}: use 0 to 4")])
     side = o.size // 2 ** o.level                                  # of the feature map
@@ -144,7 +144,7 @@ def global_positional_loss(z, position, threshold, temperature):
     """Global positional loss: InfoNCE; positives are slices at a like position, of any subject.
 
         L_GP = - mean_a 1/|P(a)| sum_{p in P(a)}
-                   log exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau)        (GP)
+                   log( exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau) )     (GP)
 
     z [n, d]: image-level projections; position [n] in (0, 1]; threshold t; temperature tau. Returns
     a scalar, chance level ln(n - 1). An anchor without positive is left out (ours); 0 without any.
@@ -156,9 +156,9 @@ def global_positional_loss(z, position, threshold, temperature):
     # P(a) = { b != a : |pos_a - pos_b| < t }
     away = (position[:, None] - position[None]).abs()              # [n, n]
     P = (away < threshold) & ~itself                               # [n, n] bool
-    # log exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau)
+    # log( exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau) )
     with torch.autocast(z.device.type, enabled=False):             # float32 also under autocast
-        sim = z @ z.T / temperature                                # [n, n]
+        sim = z @ z.T / temperature                                # [n, n]: sim(z_a,z_b)/tau
     others = sim.masked_fill(itself, -torch.inf)
     log_prob = sim - others.logsumexp(1, keepdim=True)             # [n, n]
     # - 1/|P(a)| sum_{p in P(a)} ..., then the mean over the anchors a that have a positive
@@ -172,9 +172,10 @@ def global_positional_loss(z, position, threshold, temperature):
 def uniformity_loss(x, volume, places=16, sharpness=4.):
     """What LA lacks: different places repel, so that equal features cannot win.
 
-        L_U = log mean exp(4 sim(X_a[p], X_b[q]))    (ours, after Wang and Isola 2020)
+        L_U = log mean exp(s sim(X_a[p], X_b[q]))    (ours, after Wang and Isola 2020)
 
-    over `places` random places p, q of all n views a, b, except the same place of the same volume.
+    s = `sharpness`; over m = `places` (or hw, if fewer) random places p, q of all n views a, b,
+    except the same place of the same volume.
     It repels every other place, also one that LA has just chosen as a match. Pixels of one place in
     different volumes are among the pairs: else a code of the place, read off the zero padding,
     makes LA 0 without anatomy. x [n, C, h, w] before normalisation, volume [n]. Returns a scalar:
@@ -182,16 +183,17 @@ def uniformity_loss(x, volume, places=16, sharpness=4.):
     """
     n = len(x)
     hw = x[0, 0].numel()
-    place = torch.randperm(hw)[:places].to(x.device)               # [places], the same in all views
+    place = torch.randperm(hw)[:places].to(x.device)               # [m], the same in all views
     X = F.normalize(x.float(), dim=1).flatten(2)                   # [n, C, hw]
-    X = X[:, :, place].movedim(1, 2).flatten(0, 1)                 # [n places, C]
+    X = X[:, :, place].movedim(1, 2).flatten(0, 1)                 # [n m, C], view by view
     volume = torch.as_tensor(volume, device=x.device)
-    of_volume = volume.repeat_interleave(len(place))               # [n places]
-    of_place = place.repeat(n)                                     # [n places]
-    other_volume = of_volume[:, None] != of_volume                 # [n places, n places]
+    of_volume = volume.repeat_interleave(len(place))               # [n m]
+    of_place = place.repeat(n)                                     # [n m]
+    other_volume = of_volume[:, None] != of_volume                 # [n m, n m]
     other_place = of_place[:, None] != of_place
     with torch.autocast(x.device.type, enabled=False):
-        sim = (sharpness * X @ X.T)[other_volume | other_place]    # [pairs that repel]
+        sim = (sharpness * X) @ X.T                                # [n m, n m]
+    sim = sim[other_volume | other_place]                          # [pairs that repel]
     return sim.logsumexp(0) - math.log(len(sim))
 
 
@@ -200,7 +202,7 @@ def pair_kinds(volume, slice_number, depth, threshold):
 
     1 two views of one slice; 2 two close slices of one volume; 3 a like position in different
     volumes; 4 far apart. GP attracts kinds 1, 2, 3 and repels all; LA takes kinds 1 and 2.
-    volume, slice_number, depth (= V): [n] each.
+    volume, slice_number, depth (= V): [n] each. For reading and tests: training does not call it.
     """
     volume = torch.as_tensor(np.asarray(volume))
     i = torch.as_tensor(np.asarray(slice_number))
@@ -218,11 +220,11 @@ def pair_kinds(volume, slice_number, depth, threshold):
 
 @torch.no_grad()
 def random_pair_similarity(x):
-    """Collapse indicator: mean cosine similarity of pixels of different places and images.
+    """Collapse indicator: mean cosine similarity of a pixel to one far away in the view before.
 
-    x [B, C, h, w]. 1 when all features are equal: LA is then 0 and teaches nothing.
+    x [n, C, h, w]. 1 when all features are equal: LA is then 0 and teaches nothing.
     """
-    X = F.normalize(x.float(), dim=1).flatten(2)                   # [B, C, hw]
+    X = F.normalize(x.float(), dim=1).flatten(2)                   # [n, C, hw]
     far = X.shape[2] // 2 + 1                                      # about half the image away
     other = X.roll(1, 0).roll(far, 2)
     return (X * other).sum(1).mean()
@@ -247,19 +249,19 @@ class Heads(nn.Module):
 
 
 def sample_pairs(dataset, numbers, n_pairs, threshold):
-    """Numbers of slices (i [B], j [B]): i at random, j at random in its volume with |i-j| / V < t.
+    """Numbers in the dataset of the slices i [B], at random, and j [B], near: |i-j| / V < t.
 
     j = i is allowed: two views of one slice. Drawn from torch's generator.
     """
-    i = common.random_slices(numbers, n_pairs)
-    V = dataset.depth[i]
-    s = dataset.slice[i]
-    # the largest |i-j| with |i-j| / V < t
+    first = common.random_slices(numbers, n_pairs)                 # [B]: numbers in the dataset
+    V = dataset.depth[first]
+    i = dataset.slice[first]                                       # [B]: numbers in the volume
+    # the largest |i-j| with |i-j| / V < t; 1e-9, lest rounding lets |i-j| / V = t through
     reach = np.ceil(threshold * V - 1e-9).astype(int) - 1
-    lo = np.maximum(s - reach, 0)
-    hi = np.minimum(s + reach, V - 1)
+    lo = np.maximum(i - reach, 0)
+    hi = np.minimum(i + reach, V - 1)
     j = lo + (torch.rand(n_pairs).numpy() * (hi - lo + 1)).astype(int)
-    return i, i - s + j
+    return first, first + j - i
 
 
 def pair_batch(run):
@@ -291,7 +293,7 @@ def pretrain(run):
         x_i, x_j = x.chunk(2)                                      # all i, all j: [B, C, h, w]
         L_WLA = local_alignment_loss(x_i, x_j, o.windows)
         L_U = uniformity_loss(x, run.dataset.volume[pick])
-        # L = L_GP + lambda L_WLA    (total); L_U is ours
+        # L = L_GP + lambda L_WLA    (total), and our L_U, each with its weight
         loss = o.weight_gp * L_GP + o.weight_la * L_WLA + o.weight_u * L_U
         optimiser.zero_grad()
         loss.backward()
@@ -358,8 +360,8 @@ def draw_matches(run, pretrained):
     dataset = run.dataset
     S = run.o.size
     first = dataset.of_patients(run.split["val"])[0]
-    volume = first + np.arange(dataset.depth[first])
-    images = dataset.image(volume, run.device)                     # [V, C, S, S]
+    slices = first + np.arange(dataset.depth[first])
+    images = dataset.image(slices, run.device)                     # [V, C, S, S]
     i = len(images) // 2 - 1
     picture = images[:, 0].cpu()                                   # [V, S, S]
     figure, axes = common.new_figure(1, 5, 3.0, 3.2)
