@@ -43,8 +43,11 @@ def comparable(runs):
     first = runs[0]
     for run in runs[1:]:
         for name in ("data", "split", "cases"):
-            a, b = (r["options"].get(name) for r in (first, run))
-            if a != b and None not in (a, b):
+            if name not in first["options"] or name not in run["options"]:
+                continue                                           # runs of old have no "cases"
+            a = first["options"][name]                             # data: None is the phantom
+            b = run["options"][name]
+            if a != b:
                 raise RunError(f"{run['name']}: {name} is {b}, that of {first['name']} {a}")
         for name in ("rule", "classes"):
             if run["metrics"][name] != first["metrics"][name]:
@@ -81,8 +84,9 @@ def number(cell, form):
 def table(runs):
     """The rows of the runs as a Markdown table; scratch once, if it is the same in all."""
     comparable(runs)
-    lines = ["| run | labelled | method | mean Dice | HD95 mm | missed | gain by seed | gain, 95 % |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    heads = ["run", "labelled", "method", "mean Dice", "HD95 mm", "missed", "gain by seed",
+             "gain, 95 %"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     seen = set()
     for run in runs:
         gains = {(g["method"], g["labelled"]): g for g in run["metrics"]["gains"]}
@@ -117,7 +121,8 @@ def main(words):
     if words == ["--check"]:
         wrong = [page.name for page in pages() if rewritten(page) != page.read_text()]
         if wrong:
-            raise RunError(f"{', '.join(wrong)}: not what the runs say; run python results/tables.py")
+            raise RunError(f"{', '.join(wrong)}: not what the runs say; "
+                           "run python results/tables.py")
         return
     if words:
         print(table([read_run(Path(word)) for word in words]), end="")

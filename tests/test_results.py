@@ -56,6 +56,16 @@ def test_runs_of_other_patients_are_not_compared(copy):
     assert "not a finished run" in done.stderr
 
 
+def test_the_phantom_is_not_compared_with_scans():
+    """Options say None for the phantom's data, which is a value like any other."""
+    phantom = tables.read_run(ROOT / "results/runs/demo_sal")
+    scans = {**phantom, "name": "acdc", "options": {**phantom["options"], "data": "path/to/acdc"}}
+    tables.comparable([phantom, phantom])
+    for pair in ([phantom, scans], [scans, phantom]):
+        with pytest.raises(tables.RunError, match="data is"):
+            tables.comparable(pair)
+
+
 def test_gain_and_interval_by_hand():
     """Two patients with gains 10 and 30: the mean is 20, and drawn anew 10, 20 or 30."""
     volumes = []
