@@ -796,11 +796,6 @@ def jacobian(u, shape, step):
     return torch.linalg.det(J.movedim(1, -2) + torch.eye(3))
 
 
-def folded(u, shape, step):
-    """Share of voxels [B] that x -> x + u(x) folds; arguments as those of `jacobian`."""
-    return (jacobian(u, shape, step) <= 0).float().mean((1, 2, 3))
-
-
 def cycle_error(there, back, p, step):
     """|| T_back(T_there(x)) - x || in mm at the places p [Z, Y, X, 3]; 0: they undo each other.
 
@@ -954,7 +949,7 @@ def register_batch(frame, moving, step, stiffness):
                  "before": local_correlation(f, m_first, box.weight * w_first),
                  "affine": local_correlation(f, m, w),
                  "after": local_correlation(f, moved, w),
-                 "folded": folded(back, shape, box.step),
+                 "folded": (jacobian(back, shape, box.step) <= 0).float().mean((1, 2, 3)),
                  "cycle": (error * frame.organs).sum((1, 2, 3)) / frame.organs.sum()}
     return [{k: v[b].clone() for k, v in found.items()} for b in range(len(moving))]
 
