@@ -89,7 +89,7 @@ OPTIONS = [
     ("seeds", [0, 1, 2], [0], None, "seeds of training"),
     ("width", 16, None, None, "channels of the first U-Net level (base: 16)"),
     ("swin_dim", 48, None, 96, "channels of the Swin-UNet's first stage, divisible by 6"),
-    ("window", 6, None, 7, "tokens along a window's side"),
+    ("window", 6, 4, 7, "tokens along a window's side; best a divisor of size / 16"),
     ("spacing", None, 2.5, None, "mm a pixel in plane; 2 on ACDC"),
     ("size", None, 64, 224, "S, crop in pixels, divisible by 16; 96 on ACDC"),
     ("stiffness", .3, None, None, "of registration: weight of the velocity's mean square gradient"),
@@ -1041,32 +1041,30 @@ class Registered:
 
 
 def to_windows(x, w):
-    """[B, H, W, C] -> [B (H/w)(W/w), w^2, C]."""
+    """[B, H, W, C] -> [B, windows, w^2, C]."""
     B, H, W, C = x.shape
     x = x.view(B, H // w, w, W // w, w, C).transpose(2, 3)         # [B, H/w, W/w, w, w, C]
-    return x.reshape(-1, w * w, C)
+    return x.reshape(B, -1, w * w, C)
 
 
 def from_windows(x, w, H, W):
     """The inverse of `to_windows`."""
-    x = x.view(-1, H // w, W // w, w, w, x.shape[-1])
-    return x.transpose(2, 3).reshape(-1, H, W, x.shape[-1])
+    x = x.view(len(x), H // w, W // w, w, w, -1)
+    return x.transpose(2, 3).reshape(len(x), H, W, -1)
 
 
 @lru_cache(maxsize=64)
-def attention_mask(H, W, w, shift, real_h, real_w):
+def attention_mask(H, W, w, shift, device):
     """0 between tokens that may see each other, -inf elsewhere, for an H x W map rolled by -shift.
 
-    After the roll, windows at the border hold tokens from opposite sides of the image, and tokens
-    of the padding beyond real_h x real_w: each keeps to its own kind. Returns [windows, w^2, w^2].
+    After the roll, windows at the border hold tokens from opposite sides of the image: each side
+    keeps to itself. Returns [windows, w^2, w^2].
     """
-    def kinds(n, real):                                            # [n]: +1 rolled, +2 padding
-        place = torch.arange(n)
-        return (place < shift).long() + 2 * (place >= real).long()
-
-    kind = 4 * kinds(H, real_h)[:, None] + kinds(W, real_w)        # [H, W], before the roll
+    rolled_rows = torch.arange(H, device=device) < shift
+    rolled_columns = torch.arange(W, device=device) < shift
+    kind = 2 * rolled_rows[:, None] + 1 * rolled_columns           # [H, W], before the roll
     kind = kind.roll((-shift, -shift), (0, 1))
-    kind = to_windows(kind[None, ..., None], w)[..., 0]            # [windows, w^2]
+    kind = to_windows(kind[None, ..., None], w)[0, ..., 0]         # [windows, w^2]
     return torch.where(kind[:, :, None] == kind[:, None], 0., -torch.inf)
 
 
@@ -1086,18 +1084,14 @@ class WindowAttention(nn.Module):
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, x, mask):
-        """x [B w, n, dim], mask [w, n, n] with -inf between regions -> [B w, n, dim]."""
-        Bw, n, dim = x.shape
-        qkv = self.qkv(x).view(Bw, n, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # [B w, heads, n, dim / heads]
+        """x [B, w, n, dim] (w windows), mask [w, n, n], -inf between regions -> [B, w, n, dim]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))       # [B, w, n, 3, heads, d]
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                    # [B, w, heads, n, d]
         bias = self.bias[self.index].movedim(-1, 0)                # [heads, n, n]
-        bias = (bias + mask[:, None]).to(q)                        # [w, heads, n, n]
+        bias = bias + mask[:, None]                                # [w, heads, n, n]
         # softmax(q k' / sqrt(d) + bias) v
-        logits = (q * q.shape[-1] ** -.5) @ k.mT                   # [B w, heads, n, n]
-        logits = logits.unflatten(0, (-1, len(mask))) + bias       # [B, w, heads, n, n]
-        weight = logits.flatten(0, 1).softmax(-1).to(v)            # [B w, heads, n, n]
-        x = (weight @ v).transpose(1, 2)                           # [B w, n, heads, dim / heads]
-        return self.project(x.reshape(Bw, n, dim))
+        x = F.scaled_dot_product_attention(q, k, v, bias.to(q))    # [B, w, heads, n, d]
+        return self.project(x.transpose(2, 3).flatten(3))
 
 
 class SwinBlock(nn.Module):
@@ -1117,16 +1111,15 @@ class SwinBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        B, H, W, C = x.shape
+        H, W = x.shape[1:3]
         w = self.window
         shift = self.shift if max(H, W) > w else 0                 # one window: nothing to shift
-        h_pad, w_pad = H + -H % w, W + -W % w                      # multiples of the window
         x = x + self.place(x.movedim(-1, 1)).movedim(1, -1)        # convolved as [B, C, H, W]
-        y = F.pad(self.norm_1(x), (0, 0, 0, w_pad - W, 0, h_pad - H))
-        y = to_windows(y.roll((-shift, -shift), (1, 2)), w)        # [windows, w^2, C]
-        mask = attention_mask(h_pad, w_pad, w, shift, H, W).to(x.device)
-        y = from_windows(self.attention(y, mask), w, h_pad, w_pad)         # [B, h_pad, w_pad, C]
-        x = x + y.roll((shift, shift), (1, 2))[:, :H, :W]
+        y = self.norm_1(x).roll((-shift, -shift), (1, 2))
+        y = to_windows(y, w)                                       # [B, windows, w^2, C]
+        y = self.attention(y, attention_mask(H, W, w, shift, x.device))
+        y = from_windows(y, w, H, W)                               # [B, H, W, C]
+        x = x + y.roll((shift, shift), (1, 2))
         return x + self.mlp(self.norm_2(x))
 
 
@@ -1144,8 +1137,7 @@ class PatchMerging(nn.Module):
         self.reduce = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x):
-        four = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        x = torch.cat(four, -1)                                    # [B, H/2, W/2, 4C]
+        x = F.pixel_unshuffle(x.movedim(-1, 1), 2).movedim(1, -1)          # [B, H/2, W/2, 4C]
         return self.reduce(self.norm(x))
 
 
@@ -1158,20 +1150,19 @@ class PatchExpanding(nn.Module):
         self.norm = nn.LayerNorm(out)
 
     def forward(self, x):
-        B, H, W, _ = x.shape
-        f = self.factor
-        x = self.expand(x).view(B, H, W, f, f, -1).transpose(2, 3)         # [B, H, f, W, f, C_out]
-        return self.norm(x.reshape(B, f * H, f * W, -1))
+        x = self.expand(x).movedim(-1, 1)                          # [B, f^2 C_out, H, W]
+        return self.norm(F.pixel_shuffle(x, self.factor).movedim(1, -1))
 
 
 class SwinUNet(nn.Module):
     """A U-Net of Swin blocks (Cao et al. 2021; Liu et al. 2021) on patches of 4 x 4.
 
     Three stages down, two up, skips between them. Any input size: it pads to a multiple of 16
-    inside, and every block pads to its window.
+    windows; where `window` divides S / 16 there is nothing to pad.
     """
     def __init__(self, channels, classes, dim=48, window=6, depths=(2, 2, 2), heads=(3, 6, 12)):
         super().__init__()
+        self.unit = 16 * window                                    # a side that all windows divide
         self.patches = nn.Conv2d(channels, dim, 4, 4)
         self.patch_norm = nn.LayerNorm(dim)
         self.down_1 = stage(dim, depths[0], window, heads[0])
@@ -1192,7 +1183,7 @@ class SwinUNet(nn.Module):
     def maps(self, x):
         """[B, C, H, W] -> a coarse map [B, 2 dim, H/8, W/8] and a full one [B, dim / 2, H, W]."""
         H, W = x.shape[2:]
-        x = F.pad(x, (0, -W % 16, 0, -H % 16))
+        x = F.pad(x, (0, -W % self.unit, 0, -H % self.unit))
         x = self.patch_norm(self.patches(x).movedim(1, -1))        # [B, H/4, W/4, dim]
         skip_1 = self.down_1(x)
         skip_2 = self.down_2(self.merge_1(skip_1))                 # [B, H/8, W/8, 2 dim]

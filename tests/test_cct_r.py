@@ -182,25 +182,41 @@ def test_folding_is_counted():
 def test_windows_and_their_inverse():
     x = torch.rand(2, 12, 18, 5)
     w = cct_r.to_windows(x, 6)
-    assert w.shape == (2 * 6, 36, 5)
-    assert torch.equal(w[1], x[0, :6, 6:12].reshape(36, 5))
+    assert w.shape == (2, 6, 36, 5)
+    assert torch.equal(w[0, 1], x[0, :6, 6:12].reshape(36, 5))
     assert torch.equal(cct_r.from_windows(w, 6, 12, 18), x)
 
 
-@pytest.mark.parametrize("H, W, real_h, real_w, shift",
-                         [(12, 12, 12, 12, 3), (12, 18, 10, 13, 3), (6, 6, 5, 6, 0)])
-def test_attention_mask(H, W, real_h, real_w, shift):
-    """Tokens of a window see each other if they were as near before the roll, and of one kind."""
-    mask = cct_r.attention_mask(H, W, 6, shift, real_h, real_w)
+@pytest.mark.parametrize("H, W, shift", [(12, 12, 3), (12, 18, 3), (12, 12, 2), (6, 6, 0)])
+def test_attention_mask(H, W, shift):
+    """Tokens of a window see each other if they were as near before the roll."""
+    mask = cct_r.attention_mask(H, W, 6, shift, torch.device("cpu"))
     rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     place = torch.stack([rows, columns], -1).roll((-shift, -shift), (0, 1))
-    before = cct_r.to_windows(place[None], 6)                      # [windows, 36, 2]
+    before = cct_r.to_windows(place[None], 6)[0]                   # [windows, 36, 2]
     for window, tokens in zip(mask, before.tolist()):
         for i, (a, b) in enumerate(tokens):
             for j, (c, d) in enumerate(tokens):
-                near = abs(a - c) < 6 and abs(b - d) < 6
-                alike = (a < real_h) == (c < real_h) and (b < real_w) == (d < real_w)
-                assert (window[i, j] == 0) == (near and alike)
+                assert (window[i, j] == 0) == (abs(a - c) < 6 and abs(b - d) < 6)
+
+
+def test_attention_equals_the_loop():
+    """softmax(q k' / sqrt(d) + bias) v of every window and head, with the mask."""
+    torch.manual_seed(0)
+    net = cct_r.WindowAttention(6, 2, 2).double()
+    x = torch.rand(3, 2, 4, 6).double()                            # 3 images, 2 windows, 4 tokens
+    mask = torch.zeros(2, 4, 4).double()
+    mask[1, :2, 2:] = -torch.inf
+    mask[1, 2:, :2] = -torch.inf
+    want = torch.zeros(3, 2, 4, 6).double()
+    qkv = net.qkv(x)
+    for b in range(3):
+        for w in range(2):
+            for head in range(2):
+                q, k, v = (qkv[b, w, :, 6 * n + 3 * head:][:, :3] for n in range(3))
+                sim = q @ k.T / math.sqrt(3) + net.bias[net.index][..., head] + mask[w]
+                want[b, w, :, 3 * head:3 * head + 3] = sim.softmax(1) @ v
+    assert torch.allclose(net(x, mask), net.project(want))
 
 
 @pytest.mark.parametrize("size", [(96, 96), (50, 70), (33, 20)])
