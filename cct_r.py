@@ -312,7 +312,18 @@ class Maps(NamedTuple):
     """What the two networks make of a batch: lists of two, the U-Net's and the Swin-UNet's."""
     logits: list                                                   # [B, K, S, S]
     coarse: list                                                   # [B, d, S/8, S/8], projected
-    full: list                                                     # [B, d, S/2, S/2]: every second
+    fine: list                                                     # [B, d, S/2, S/2]: every second
+
+
+def unet_maps(unet, x):
+    """The decoder's first map [B, 8 width, S/8, S/8] and its last [B, width, S, S]."""
+    features = unet.encoder(x)
+    x = features[-1]
+    maps = []
+    for up, block, skip in zip(unet.decoder.ups, unet.decoder.blocks, features[-2::-1]):
+        x = block(torch.cat([up(x), skip], 1))                     # [B, width, 2h, 2w]
+        maps.append(x)
+    return maps[0], maps[-1]
 
 
 class Students(nn.Module):
@@ -324,23 +335,21 @@ class Students(nn.Module):
         self.swin = SwinUNet(run.channels, len(run.classes), o.swin_dim, o.window)
         self.projectors = nn.ModuleDict({
             "unet_coarse": nn.Conv2d(8 * o.width, o.projection, 1),
-            "unet_full": nn.Conv2d(o.width, o.projection, 1),
+            "unet_fine": nn.Conv2d(o.width, o.projection, 1),
             "swin_coarse": nn.Conv2d(2 * o.swin_dim, o.projection, 1),
-            "swin_full": nn.Conv2d(o.swin_dim // 2, o.projection, 1)})
+            "swin_fine": nn.Conv2d(o.swin_dim // 2, o.projection, 1)})
 
     def forward(self, views):
         """Each network on its view [B, C, S, S]: `Maps`."""
-        encoded = self.unet.encoder(views[0])
-        unet_coarse = self.unet.decoder(encoded, 1)                # [B, 8 width, S/8, S/8]
-        unet_full = self.unet.decoder(encoded)                     # [B, width, S, S]
-        swin_coarse, swin_full = self.swin.maps(views[1])          # the same sizes
-        logits = [self.unet.head(unet_full).float(), self.swin.head(swin_full).float()]
+        unet_coarse, unet_fine = unet_maps(self.unet, views[0])
+        swin_coarse, swin_fine = self.swin.maps(views[1])          # the same sizes
+        logits = [self.unet.head(unet_fine).float(), self.swin.head(swin_fine).float()]
         to = self.projectors
         coarse = [to["unet_coarse"](unet_coarse), to["swin_coarse"](swin_coarse)]
-        # of the full map every second pixel, a sixteenth of the pairs to compare
-        full = [to["unet_full"](unet_full[..., ::2, ::2]),
-                to["swin_full"](swin_full[..., ::2, ::2])]
-        return Maps(logits, coarse, full)
+        # of the fine map every second pixel, a sixteenth of the pairs to compare
+        fine = [to["unet_fine"](unet_fine[..., ::2, ::2]),
+                to["swin_fine"](swin_fine[..., ::2, ::2])]
+        return Maps(logits, coarse, fine)
 
 
 class Batch(NamedTuple):
@@ -382,18 +391,18 @@ def joined(first, second):
     return [torch.cat([a, b]) for a, b in zip(first, second)]
 
 
-def contrast_terms(o, label, seen, seen_u=None):
+def contrast_terms(o, label, maps, maps_u=None):
     """The local contrast at both levels: a scalar.
 
     label [B, S, S] and `Maps` of labelled slices, `Maps` of unlabelled ones or None. The class of
     an unlabelled pixel is what the other network says.
     """
-    coarse, full = seen.coarse, seen.full
+    coarse, fine = maps.coarse, maps.fine
     labels = [label, label]
-    if seen_u:
-        others = [seen_u.logits[1].argmax(1), seen_u.logits[0].argmax(1)]
-        coarse = joined(coarse, seen_u.coarse)
-        full = joined(full, seen_u.full)
+    if maps_u:
+        others = [maps_u.logits[1].argmax(1), maps_u.logits[0].argmax(1)]
+        coarse = joined(coarse, maps_u.coarse)
+        fine = joined(fine, maps_u.fine)
         labels = joined(labels, others)
     # a known fault: "nearest" takes a corner of each cell of 8 x 8, 3.5 pixels off its middle
     side = coarse[0].shape[2:]
@@ -401,14 +410,14 @@ def contrast_terms(o, label, seen, seen_u=None):
     half = [y[:, ::2, ::2] for y in labels]                        # [B, S/2, S/2]
     # coarse: 4 blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
     at_coarse = local_contrast(coarse, small, o.block // 2, 4, o.temperature)
-    at_full = local_contrast(full, half, o.block // 2, o.groups, o.temperature)
-    return at_coarse + at_full
+    at_fine = local_contrast(fine, half, o.block // 2, o.groups, o.temperature)
+    return at_coarse + at_fine
 
 
-def reps_terms(o, banks, full, place, volume):
+def reps_terms(o, banks, fine, place, volume):
     """REPS of both networks at random pixels that have a common place; fills the banks. A scalar.
 
-    full: of each network [B, d, S/2, S/2]; place [B, S, S, 3] in mm; volume [B].
+    fine: of each network [B, d, S/2, S/2]; place [B, S, S, 3] in mm; volume [B].
     """
     place = place[:, ::2, ::2]                                     # [B, S/2, S/2, 3]
     known = torch.nonzero(place.isfinite().all(-1))                # [pixels, 3]: image, row, column
@@ -416,7 +425,7 @@ def reps_terms(o, banks, full, place, volume):
     b, r, c = known[few].T                                         # [n] each
     where, who = place[b, r, c], volume[b]                         # [n, 3], [n]
     L = 0.
-    for features, bank in zip(full, banks):
+    for features, bank in zip(fine, banks):
         z = features[b, :, r, c]                                   # [n, d]
         L = L + reps_loss(z, where, who, bank, o.radius, o.positives, o.temperature)
         bank.push(F.normalize(z.detach().float(), dim=1), where, who)
@@ -456,23 +465,23 @@ def train(run, row, registered):
         labelled = draw_batch(run, own, registered.places)
         unlabelled = draw_batch(run, others, registered.places, registered.warped)
         with run.autocast():
-            seen = students(labelled.views)
-            seen_u = students(unlabelled.views)                    # by themselves: see no. 7
-        L_sup = sum(segmentation_loss(logits, labelled.label) for logits in seen.logits)
+            maps = students(labelled.views)
+            maps_u = students(unlabelled.views)                    # by themselves: see no. 7
+        L_sup = sum(segmentation_loss(logits, labelled.label) for logits in maps.logits)
         L_CT = L_RSL = L_contrast = L_REPS = 0.
         if not o.no_cross_teaching:
-            L_CT = cross_teaching_loss(*seen_u.logits)
+            L_CT = cross_teaching_loss(*maps_u.logits)
         # L_RSL = sum over both networks of 0.5 (CE + Dice)(p_u, y~_u), where y~_u = T(y_l*) is a
         # warped label, never the true one    (RSL) [ours]
         if not o.no_rsl:
-            L_RSL = sum(segmentation_loss(logits, unlabelled.label) for logits in seen_u.logits)
+            L_RSL = sum(segmentation_loss(logits, unlabelled.label) for logits in maps_u.logits)
         if not o.no_contrast:
-            later = seen_u if step >= .075 * T else None           # labelled slices alone at first
-            L_contrast = contrast_terms(o, labelled.label, seen, later)
+            later = maps_u if step >= .075 * T else None           # labelled slices alone at first
+            L_contrast = contrast_terms(o, labelled.label, maps, later)
         if not o.no_reps:
             place = torch.cat([labelled.place, unlabelled.place])
             volume = torch.cat([labelled.volume, unlabelled.volume])
-            L_REPS = reps_terms(o, banks, joined(seen.full, seen_u.full), place, volume)
+            L_REPS = reps_terms(o, banks, joined(maps.fine, maps_u.fine), place, volume)
         # L = L_sup + w(t) L_CT + omega(t) L_RSL + lambda_c L_contrast + lambda_r L_REPS    [ours]
         w = o.cross_weight * ramp_up(step, .75 * T)
         omega = o.rsl_weight * decay(step, T)
@@ -538,9 +547,9 @@ def peek(run, students, unlabelled, warped):
     x = run.dataset.image(few, run.device)
     keep = (truth < 255).all((1, 2))                               # where there is a label
     students.eval()
-    seen = students([common.channels_last(x), x])
+    maps = students([common.channels_last(x), x])
     students.train()
-    unet, swin = (logits.argmax(1).cpu().numpy() for logits in seen.logits)
+    unet, swin = (logits.argmax(1).cpu().numpy() for logits in maps.logits)
     return {"peek_unet": mean_dice(run, unet[keep], truth[keep]),
             "peek_swin": mean_dice(run, swin[keep], truth[keep]),
             "peek_registration": mean_dice(run, warped[few].numpy()[keep], truth[keep])}
@@ -1181,7 +1190,7 @@ class SwinUNet(nn.Module):
         self.head = nn.Conv2d(dim // 2, classes, 1)
 
     def maps(self, x):
-        """[B, C, H, W] -> a coarse map [B, 2 dim, H/8, W/8] and a full one [B, dim / 2, H, W]."""
+        """[B, C, H, W] -> a coarse map [B, 2 dim, H/8, W/8] and a fine one [B, dim / 2, H, W]."""
         H, W = x.shape[2:]
         x = F.pad(x, (0, -W % self.unit, 0, -H % self.unit))
         x = self.patch_norm(self.patches(x).movedim(1, -1))        # [B, H/4, W/4, dim]
@@ -1191,9 +1200,9 @@ class SwinUNet(nn.Module):
         x = self.join_2(torch.cat([self.expand_2(x), skip_2], -1))
         coarse = self.up_2(x)                                      # [B, H/8, W/8, 2 dim]
         x = self.join_1(torch.cat([self.expand_1(coarse), skip_1], -1))
-        full = self.last(self.up_1(x))                             # [B, H, W, dim / 2]
+        fine = self.last(self.up_1(x))                             # [B, H, W, dim / 2]
         coarse = coarse[:, :math.ceil(H / 8), :math.ceil(W / 8)]
-        return coarse.movedim(-1, 1), full[:, :H, :W].movedim(-1, 1)
+        return coarse.movedim(-1, 1), fine[:, :H, :W].movedim(-1, 1)
 
     def forward(self, x):                                          # [B, C, H, W] -> [B, K, H, W]
         return self.head(self.maps(x)[1])

@@ -224,9 +224,9 @@ def test_any_size(size):
     H, W = size
     net = SwinUNet(2, 5, 12, 4)
     assert net(torch.rand(1, 2, H, W)).shape == (1, 5, H, W)
-    coarse, full = net.maps(torch.rand(1, 2, H, W))
+    coarse, fine = net.maps(torch.rand(1, 2, H, W))
     assert coarse.shape == (1, 24, math.ceil(H / 8), math.ceil(W / 8))
-    assert full.shape == (1, 6, H, W)
+    assert fine.shape == (1, 6, H, W)
 
 
 def test_no_token_sees_across_the_border_and_shifted_windows_join():
@@ -401,7 +401,7 @@ def test_an_unlabelled_pixel_has_the_class_of_the_other_network(monkeypatch):
     for net in (0, 1):
         other = seen_u.logits[1 - net].argmax(1)
         assert torch.equal(half[net], torch.cat([label, other])[:, ::2, ::2])
-        assert torch.equal(full[net], torch.cat([seen.full[net], seen_u.full[net]]))
+        assert torch.equal(full[net], torch.cat([seen.fine[net], seen_u.fine[net]]))
         assert torch.equal(coarse[net], torch.cat([seen.coarse[net], seen_u.coarse[net]]))
         assert small[net].shape == (4, 2, 2)
     calls.clear()
@@ -409,7 +409,7 @@ def test_an_unlabelled_pixel_has_the_class_of_the_other_network(monkeypatch):
     full, half = calls[1][:2]
     for net in (0, 1):
         assert torch.equal(half[net], label[:, ::2, ::2])
-        assert torch.equal(full[net], seen.full[net])
+        assert torch.equal(full[net], seen.fine[net])
 
 
 def test_memory_bank():
@@ -685,7 +685,19 @@ def test_maps_of_both_networks(setting):
     for net in (0, 1):
         assert maps.logits[net].shape == (2, 4, 32, 32)
         assert maps.coarse[net].shape == (2, setting.o.projection, 4, 4)
-        assert maps.full[net].shape == (2, setting.o.projection, 16, 16)
+        assert maps.fine[net].shape == (2, setting.o.projection, 16, 16)
+
+
+def test_the_unets_maps_are_those_of_its_blocks_each_run_once(setting):
+    torch.manual_seed(0)
+    unet = setting.unet()
+    x = torch.rand(2, 1, 32, 32)
+    coarse, fine = cct_r.unet_maps(unet, x)
+    norm = unet.decoder.blocks[0][1]
+    assert norm.num_batches_tracked == 1
+    encoded = unet.encoder(x)
+    assert torch.equal(coarse, unet.decoder(encoded, 1))
+    assert torch.equal(fine, unet.decoder(encoded))
 
 
 def trained(run_, registered):
