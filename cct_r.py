@@ -36,10 +36,9 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     images together, labelled slices alone for the first 7.5 % of the steps [base]. Blocks of 12 x
     12 pixels of which every second row and column counts, 6 random ones a step, one place in all
     images; projectors of one layer [ours]; [base]: 19 x 19, all, of different places; two layers,
-    the last shared. At the coarse level 4 blocks of 6 x 6 cells of 8 x 8 pixels [ours]; a known
-    fault: the labels there are those of a cell's corner, 3.5 pixels off its middle. We do not copy
-    the base's defects: features and labels in different orders, a row of blocks too few, the U-Net
-    left in eval mode.
+    the last shared. At the coarse level 4 blocks of 6 x 6 cells of 8 x 8 pixels, the class of a
+    cell is that of its middle [ours]. We do not copy the base's defects: features and labels in
+    different orders, a row of blocks too few, the U-Net left in eval mode.
  7. Labelled and unlabelled slices have forward passes of their own [ours]; [base]: one batch. See
     pix2rep.py, no. 12.
  8. Each network sees a labelled slice with intensities of its own; unlabelled ones keep theirs, for
@@ -391,6 +390,14 @@ def joined(first, second):
     return [torch.cat([a, b]) for a, b in zip(first, second)]
 
 
+def cell_classes(y, side):
+    """The class in the middle of each cell of a label: [B, S, S] -> [B, *side].
+
+    "nearest-exact": "nearest" takes a cell's corner, which for 8 x 8 pixels is 3.5 off its middle.
+    """
+    return F.interpolate(y[:, None].float(), side, mode="nearest-exact")[:, 0].long()
+
+
 def contrast_terms(o, label, maps, maps_u=None):
     """The local contrast at both levels: a scalar.
 
@@ -404,9 +411,8 @@ def contrast_terms(o, label, maps, maps_u=None):
         coarse = joined(coarse, maps_u.coarse)
         fine = joined(fine, maps_u.fine)
         labels = joined(labels, others)
-    # a known fault: "nearest" takes a corner of each cell of 8 x 8, 3.5 pixels off its middle
     side = coarse[0].shape[2:]
-    small = [F.interpolate(y[:, None].float(), side)[:, 0].long() for y in labels]   # [B, S/8, S/8]
+    small = [cell_classes(y, side) for y in labels]                # [B, S/8, S/8]
     half = [y[:, ::2, ::2] for y in labels]                        # [B, S/2, S/2]
     # coarse: 4 blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
     at_coarse = local_contrast(coarse, small, o.block // 2, 4, o.temperature)

@@ -412,6 +412,15 @@ def test_an_unlabelled_pixel_has_the_class_of_the_other_network(monkeypatch):
         assert torch.equal(full[net], seen.fine[net])
 
 
+def test_the_class_of_a_cell_is_that_of_its_middle():
+    """A border that a cell's middle has or has not passed: at most a pixel beside it."""
+    for k in range(8):                                             # at most a pixel off the middle
+        ramp = (torch.arange(64) > 8 * k + 4).long().expand(1, 64, 64)
+        assert cct_r.cell_classes(ramp, (8, 8))[0, 0].tolist() == [0] * (k + 1) + [1] * (7 - k)
+        ramp = (torch.arange(64) > 8 * k + 2).long().expand(1, 64, 64)
+        assert cct_r.cell_classes(ramp, (8, 8))[0, 0].tolist() == [0] * k + [1] * (8 - k)
+
+
 def test_memory_bank():
     bank = MemoryBank(4, 2)
     where = torch.tensor([[0., 0, 0], [0, 0, 3], [0, 0, 9]])
