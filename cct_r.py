@@ -109,7 +109,7 @@ OPTIONS = [
     ("contrast_weight", .002, None, None, "of the local contrast (base: 0.001 a network)"),
     ("reps_weight", .01, None, None, "of REPS"),
     ("temperature", .1, None, None, "tau (base: 0.1)"),
-    ("projection", 64, None, 128, "d, width of the projectors"),
+    ("projection", 128, None, 128, "d, width of the projectors; 2d in between"),
     ("block", 12, None, 19, "side in pixels of a local block (base: 19 of 224)"),
     ("groups", 6, None, 144, "blocks of the full map a step (base: all)"),
     ("bank", 4096, None, None, "M, features of the memory bank"),
@@ -147,6 +147,11 @@ def check(run):
     ])
 
 
+def nothing_on(o):
+    """True where all four parts are off, which leaves the supervised baseline."""
+    return o.no_cross_teaching and o.no_contrast and o.no_rsl and o.no_reps
+
+
 def row_name(o):
     """The name of the trained rows: cct_r, and what is switched off."""
     parts = ("no_cross_teaching", "no_contrast", "no_rsl", "no_reps", "no_brs")
@@ -156,19 +161,28 @@ def row_name(o):
 # ----------------------------------------------------------------------------------------- losses
 
 
-def segmentation_loss(logits, label):
-    """0.5 (cross-entropy + soft Dice) [base], Dice as in no. 5.
+def dice_loss(logits, label, eps=1e-5):
+    """Soft Dice loss of the base: all K classes, background too, squared denominators [base].
 
-    logits [B, K, h, w], label [B, h, w]. Returns a scalar.
+        1 - mean over k of (2 sum(p y) + eps) / (sum p^2 + sum y^2 + eps)
+
+    Sums over batch and pixels. logits [B, K, h, w], label [B, h, w]. Returns a scalar.
     """
-    return .5 * (F.cross_entropy(logits, label) + common.dice_loss(logits, label))
+    p = logits.float().softmax(1)                                  # [B, K, h, w]
+    y = F.one_hot(label, logits.shape[1]).movedim(-1, 1).to(p)     # [B, K, h, w]
+    both = (p * y).sum((0, 2, 3))                                  # [K]
+    either = (p.square() + y.square()).sum((0, 2, 3))              # [K]
+    return 1 - ((2 * both + eps) / (either + eps)).mean()
+
+
+def segmentation_loss(logits, label):
+    """0.5 (cross-entropy + soft Dice) [base]; logits [B, K, h, w], label [B, h, w]."""
+    return .5 * (F.cross_entropy(logits, label) + dice_loss(logits, label))
 
 
 def cross_teaching_loss(logits_1, logits_2):
-    """Dice(p1, argmax p2) + Dice(p2, argmax p1) [base], Dice as in no. 5; logits [B, K, h, w]."""
-    first = common.dice_loss(logits_1, logits_2.argmax(1))
-    second = common.dice_loss(logits_2, logits_1.argmax(1))
-    return first + second
+    """Dice(p1, argmax p2) + Dice(p2, argmax p1) [base]; logits [B, K, h, w]."""
+    return dice_loss(logits_1, logits_2.argmax(1)) + dice_loss(logits_2, logits_1.argmax(1))
 
 
 def ramp_up(t, T):
@@ -217,32 +231,38 @@ def balanced_contrastive_loss(z, y, temperature):
 
 
 def cut(x, size, offset=(0, 0)):
-    """Local blocks of maps: [B, C, H, W] -> [G, B size^2, C], the same block of all images in one.
+    """Local blocks of maps: [B, C, H, W] -> [B, G, size^2, C], G = (H / size) (W / size) blocks.
 
-    G = (H / size) (W / size); offset: rows and columns left out at the top and left where `size`
-    does not divide H, W. Labels go through here as well, as [B, 1, H, W], so that features and
-    labels are in the same order by construction.
+    offset: rows and columns left out at the top and left where `size` does not divide H, W. Labels
+    go through here as well, as [B, 1, H, W], so that features and labels are in the same order by
+    construction.
     """
     B, C, H, W = x.shape
     h, w = H // size, W // size
     top, left = offset
     x = x[:, :, top:top + h * size, left:left + w * size]
     x = x.reshape(B, C, h, size, w, size)
-    x = x.permute(2, 4, 0, 3, 5, 1)                                # [h, w, B, size, size, C]
-    return x.reshape(h * w, B * size * size, C)                    # [G, B size^2, C]
+    x = x.permute(0, 2, 4, 3, 5, 1)                                # [B, h, w, size, size, C]
+    return x.reshape(B, h * w, size * size, C)                     # [B, G, size^2, C]
 
 
 def local_contrast(maps, labels, size, groups, temperature):
-    """Contrast in up to `groups` random local blocks, over all images and both networks.
+    """Contrast in up to `groups` groups of local blocks [base].
 
-    maps: projected features of each network [B, d, h, w]; labels: for each network the classes
-    [B, h, w] of its pixels. Groups of background alone are skipped. Returns a scalar.
+    A group has one block of every image of every network, each at a place of its own: the blocks of
+    an image are permuted. Groups of background alone are skipped. maps: projected features of each
+    network [B, d, h, w]; labels: for each network the classes [B, h, w] of its pixels. Returns a
+    scalar.
     """
     H, W = maps[0].shape[2:]
     # rows and columns to leave out at the top and left: 0 to what `size` leaves over
     offset = [int(torch.randint(side % size + 1, ())) for side in (H, W)]
-    z = torch.cat([cut(m, size, offset) for m in maps], 1)         # [G, n, d]
-    y = torch.cat([cut(c[:, None], size, offset) for c in labels], 1)[..., 0]        # [G, n]
+    z = torch.cat([cut(m, size, offset) for m in maps])            # [2B, G, size^2, d]
+    y = torch.cat([cut(c[:, None], size, offset) for c in labels])         # [2B, G, size^2, 1]
+    order = torch.rand(z.shape[:2]).argsort(1).to(z.device)        # [2B, G], a permutation a row
+    image = torch.arange(len(z), device=z.device)[:, None]         # [2B, 1]
+    z = z[image, order].transpose(0, 1).flatten(1, 2)              # [G, 2B size^2, d]
+    y = y[image, order].transpose(0, 1).flatten(1)                 # [G, 2B size^2]
     some = torch.nonzero((y > 0).any(1))[:, 0]                     # groups with an organ
     some = some[torch.randperm(len(some))[:groups]]
     if not len(some):
@@ -325,29 +345,44 @@ def unet_maps(unet, x):
     return maps[0], maps[-1]
 
 
+class Projector(nn.Module):
+    """Maps of both networks -> d features a pixel [base]; at one level, coarse or fine.
+
+    1 x 1 convolution to 2d channels, ReLU, 1 x 1 convolution to d, the last one shared by the two
+    networks. Features of the Swin-UNet are LayerNormed first.
+    """
+    def __init__(self, unet_width, swin_width, d):
+        super().__init__()
+        self.norm = nn.LayerNorm(swin_width)
+        self.unet = nn.Conv2d(unet_width, 2 * d, 1)
+        self.swin = nn.Conv2d(swin_width, 2 * d, 1)
+        self.last = nn.Conv2d(2 * d, d, 1)
+
+    def forward(self, unet_map, swin_map):
+        """[B, unet_width, h, w], [B, swin_width, h, w] -> list of two [B, d, h, w]."""
+        swin_map = self.norm(swin_map.movedim(1, -1)).movedim(-1, 1)
+        hidden = [self.unet(unet_map).relu(), self.swin(swin_map).relu()]  # [B, 2d, h, w] each
+        return [self.last(h) for h in hidden]
+
+
 class Students(nn.Module):
-    """The U-Net and the Swin-UNet, and for the contrast a projector for two levels of each."""
+    """The U-Net and the Swin-UNet, and for the contrast a projector for each of two levels."""
     def __init__(self, run):
         super().__init__()
         o = run.o
         self.unet = run.unet()
         self.swin = SwinUNet(run.channels, len(run.classes), o.swin_dim, o.window)
-        self.projectors = nn.ModuleDict({
-            "unet_coarse": nn.Conv2d(8 * o.width, o.projection, 1),
-            "unet_fine": nn.Conv2d(o.width, o.projection, 1),
-            "swin_coarse": nn.Conv2d(2 * o.swin_dim, o.projection, 1),
-            "swin_fine": nn.Conv2d(o.swin_dim // 2, o.projection, 1)})
+        self.project_coarse = Projector(8 * o.width, 2 * o.swin_dim, o.projection)
+        self.project_fine = Projector(o.width, o.swin_dim // 2, o.projection)
 
     def forward(self, views):
         """Each network on its view [B, C, S, S]: `Maps`."""
         unet_coarse, unet_fine = unet_maps(self.unet, views[0])
         swin_coarse, swin_fine = self.swin.maps(views[1])          # the same sizes
         logits = [self.unet.head(unet_fine).float(), self.swin.head(swin_fine).float()]
-        to = self.projectors
-        coarse = [to["unet_coarse"](unet_coarse), to["swin_coarse"](swin_coarse)]
+        coarse = self.project_coarse(unet_coarse, swin_coarse)
         # of the fine map every second pixel, a sixteenth of the pairs to compare
-        fine = [to["unet_fine"](unet_fine[..., ::2, ::2]),
-                to["swin_fine"](swin_fine[..., ::2, ::2])]
+        fine = self.project_fine(unet_fine[..., ::2, ::2], swin_fine[..., ::2, ::2])
         return Maps(logits, coarse, fine)
 
 
@@ -446,7 +481,7 @@ def start_training(run, seed):
     if run.start:
         common.load_weights(students.unet, run.start["unet"], run.start["parts"])
     peak = o.pretrained_lr if run.start else o.lr
-    rest = [*students.swin.parameters(), *students.projectors.parameters()]
+    rest = [p for name, p in students.named_parameters() if not name.startswith("unet.")]
     groups = [{"params": students.unet.parameters(), "peak": peak, "warm_up": 0},
               {"params": rest, "peak": o.swin_lr, "warm_up": .05 * o.steps}]
     return students, torch.optim.AdamW(groups, weight_decay=1e-4)
@@ -1354,7 +1389,7 @@ def main(arguments=None):
     run.log("registration", seconds=time.time() - begun)
     write_registrations(run, registered[max(o.labelled)])
     for row in run.rows("scratch", row_name(o)):
-        if row.method == "scratch":
+        if row.method == "scratch" or nothing_on(o):
             run.score(row, finetune(run, row))
         else:
             students = train(run, row, registered[row.labelled])

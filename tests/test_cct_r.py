@@ -354,24 +354,54 @@ def test_features_and_labels_are_cut_in_the_same_order():
     for offset in ((0, 0), (2, 1)):
         features = cct_r.cut(z, 4, offset)
         labels = cct_r.cut(y[:, None], 4, offset)[..., 0]
-        assert features.shape == (2 * 3, 3 * 16, 4)
+        assert features.shape == (3, 2 * 3, 16, 4)
         assert torch.equal(features.argmax(-1), labels)
-    second = cct_r.cut(y[:, None], 4)[1, :16, 0]
+    second = cct_r.cut(y[:, None], 4)[0, 1, :, 0]
     assert torch.equal(second, y[0, :4, 4:8].flatten())            # one block is local
     other_order = y.transpose(1, 2).reshape(3, 10, 14)
     assert cct_r.local_contrast([z, z], [y, y], 4, 6, .1) < .1
     assert cct_r.local_contrast([z, z], [y, other_order], 4, 6, .1) > .1
 
 
+def test_a_group_has_a_block_of_every_image_each_at_its_own_place(monkeypatch):
+    """Each feature names its network, image and block: every block in one group, none twice."""
+    torch.manual_seed(0)
+    B, size, side = 3, 2, 8
+    block = torch.arange(16).view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    image = torch.arange(B).view(B, 1, 1).expand(B, side, side)
+    maps = [torch.stack([torch.full((B, side, side), net), image, block.expand(B, side, side)], 1)
+            for net in (0, 1)]
+    groups = []
+    monkeypatch.setattr(cct_r, "balanced_contrastive_loss", lambda z, y, t: groups.append((z, y)))
+    labels = [m[:, 1] + 1 for m in maps]                           # the class: 1 + the image
+    cct_r.local_contrast([m.float() for m in maps], labels, size, 99, .1)
+    (z, y), = groups
+    assert z.shape == (16, 2 * B * size ** 2, 3)
+    assert torch.equal(y, z[..., 1].long() + 1)
+    whole = z.view(16, 2 * B, size ** 2, 3)
+    assert (whole == whole[:, :, :1]).all()                        # a block stays in one piece
+    seen = {tuple(v) for v in whole[:, :, 0].reshape(-1, 3).int().tolist()}
+    assert len(seen) == 2 * B * 16                                 # every block of every image once
+    for group in whole[:, :, 0]:
+        assert len({tuple(v) for v in group[:, :2].int().tolist()}) == 2 * B
+    places = whole[:, :, 0, 2]                                     # [groups, network and image]
+    assert all((places[:, 0] != places[:, k]).any() for k in range(1, 2 * B))
+
+
 def test_groups_of_background_are_skipped():
+    torch.manual_seed(0)
     y = torch.zeros(1, 8, 8, dtype=torch.long)
     z = torch.rand(1, 5, 8, 8, requires_grad=True)
     assert cct_r.local_contrast([z, z], [y, y], 4, 9, .1).item() == 0
     y[0, 0, :2] = 1
-    cct_r.local_contrast([z, z], [y, y], 4, 9, .1).backward()
-    assert z.grad[..., :4, :4].abs().max() > 0
-    assert z.grad[..., 4:, :].abs().max() == 0
-    assert z.grad[..., :, 4:].abs().max() == 0
+    still = torch.rand(1, 5, 8, 8)
+    used = set()
+    for _ in range(40):
+        z.grad = None
+        cct_r.local_contrast([z, still], [y, torch.zeros_like(y)], 4, 9, .1).backward()
+        block = F.max_pool2d(z.grad.abs().amax(1), 4)[0] > 0       # [2, 2]: which blocks are in it
+        used.add(tuple(map(tuple, block.nonzero().tolist())))
+    assert used == {((0, 0),)}                                     # its partner is anywhere
 
 
 def test_an_unlabelled_pixel_has_the_class_of_the_other_network(monkeypatch):
@@ -487,17 +517,40 @@ def test_reps_anchors_have_a_place_and_fill_the_banks():
             assert torch.allclose(z, own[:, row, column])
 
 
+def dice_oracle(logits, y):
+    """The base's Dice loss, class by class and pixel by pixel in float64."""
+    p = logits.double().softmax(1).numpy()
+    K = p.shape[1]
+    total = 0.
+    for k in range(K):
+        both = squares = 0.
+        for b, r, c in np.ndindex(*y.shape):
+            hit = float(y[b, r, c] == k)
+            both += p[b, k, r, c] * hit
+            squares += p[b, k, r, c] ** 2 + hit ** 2
+        total += (2 * both + 1e-5) / (squares + 1e-5)
+    return 1 - total / K
+
+
+def test_dice_is_the_bases():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 6, 6)
+    y = torch.randint(0, 3, (2, 6, 6))                             # class 3 is absent
+    assert cct_r.dice_loss(logits, y).item() == pytest.approx(dice_oracle(logits, y), abs=1e-6)
+    # by hand: one pixel, p = (3/4, 1/4), class 0: 1 - (1.5 / (9/16 + 1) + 0) / 2
+    one = torch.tensor([math.log(3.), 0.]).view(1, 2, 1, 1)
+    zero = torch.zeros(1, 1, 1, dtype=torch.long)
+    assert cct_r.dice_loss(one, zero).item() == pytest.approx(1 - .96 / 2, abs=1e-4)
+    sure = 50 * F.one_hot(y, 4).movedim(-1, 1).float()
+    assert cct_r.dice_loss(sure, y).item() == pytest.approx(0, abs=1e-5)
+
+
 def test_segmentation_loss():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 8, 8)
     y = torch.randint(0, 3, (2, 8, 8))
-    p = logits.double().softmax(1)
-    ce = -p.gather(1, y[:, None]).log().mean().item()
-    dice = []
-    for k in (1, 2):
-        both = p[:, k][y == k].sum()
-        dice.append(1 - 2 * both / (p[:, k].sum() + (y == k).sum()))
-    want = .5 * (ce + np.mean(dice))
+    ce = -logits.double().log_softmax(1).gather(1, y[:, None]).mean().item()
+    want = .5 * (ce + dice_oracle(logits, y))
     assert cct_r.segmentation_loss(logits, y).item() == pytest.approx(want, abs=1e-5)
 
 
@@ -505,11 +558,28 @@ def test_cross_teaching():
     torch.manual_seed(0)
     a = torch.randn(2, 3, 8, 8)
     b = torch.randn(2, 3, 8, 8)
-    one = common.dice_loss(a, b.argmax(1)).item()
-    two = common.dice_loss(b, a.argmax(1)).item()
-    assert cct_r.cross_teaching_loss(a, b).item() == pytest.approx(one + two)
+    want = dice_oracle(a, b.argmax(1)) + dice_oracle(b, a.argmax(1))
+    assert cct_r.cross_teaching_loss(a, b).item() == pytest.approx(want, abs=1e-5)
     sure = 50 * F.one_hot(torch.randint(0, 3, (2, 8, 8)), 3).movedim(-1, 1).float()
     assert cct_r.cross_teaching_loss(sure, sure).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_the_projectors_are_the_bases():
+    """Two layers, the last shared by both networks; the Swin-UNet's features LayerNormed first."""
+    torch.manual_seed(0)
+    project = cct_r.Projector(3, 6, 4)
+    u = torch.randn(2, 3, 5, 5)
+    s = torch.randn(2, 6, 5, 5)
+
+    def layer(conv, x):
+        return torch.einsum("oc,bchw->bohw", conv.weight[..., 0, 0], x) + conv.bias[:, None, None]
+
+    unet, swin = project(u, s)
+    assert project.unet.out_channels == project.last.in_channels == 8
+    assert torch.allclose(unet, layer(project.last, layer(project.unet, u).clamp(min=0)), atol=1e-5)
+    normal = (s - s.mean(1, keepdim=True)) / (s.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    want = layer(project.last, layer(project.swin, normal).clamp(min=0))
+    assert torch.allclose(swin, want, atol=1e-5)
 
 
 def test_ramp_and_decay():
@@ -890,6 +960,21 @@ def test_scratch_is_read_from_another_run(finished, phantom):
 
     assert len(dice(out)) == 1
     assert dice(work / "other") == dice(out)
+
+
+def test_all_parts_off_is_the_supervised_baseline_to_the_digit(finished, phantom):
+    _, work, _ = finished("cct_r")
+    off = ["--no-cross-teaching", "--no-contrast", "--no-rsl", "--no-reps"]
+    done = run("cct_r", "--data", phantom, *options("cct_r"), *off, "--out", "off", cwd=work)
+    assert done.returncode == 0, done.stderr
+    rows = {}
+    for r in csv.DictReader((work / "off/per_volume.csv").open()):
+        rows.setdefault(r.pop("method"), []).append(r)
+    name = "cct_r-no_cross_teaching-no_contrast-no_rsl-no_reps"
+    assert set(rows) == {"scratch", name}
+    assert rows[name] == rows["scratch"]
+    a, b = (common.load_checkpoint(work / f"off/{row}_n1_s0.pt") for row in ("scratch", name))
+    assert all(torch.equal(a["unet"][k], b["unet"][k]) for k in a["unet"])
 
 
 def test_bad_options_of_cct_r(finished, phantom, tmp_path):
