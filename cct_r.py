@@ -112,9 +112,8 @@ OPTIONS = [
     ("projection", 128, None, 128, "d, width of the projectors; 2d in between"),
     ("block", 12, None, 19, "side in pixels of a local block (base: 19 of 224)"),
     ("groups", 6, None, 144, "blocks of the full map a step (base: all)"),
-    ("bank", 4096, None, None, "M, features of the memory bank"),
-    ("anchors", 256, None, None, "anchors of REPS a step"),
-    ("positives", 4, None, None, "positives of an anchor at most"),
+    ("bank", 128, None, None, "M, features of a volume in a memory bank"),
+    ("anchors", 256, None, None, "anchors of REPS a step and network, half of them organ"),
     ("radius", 8., None, None, "mm, how near a positive's place must be"),
     ("no_peek", False, None, None, "never read labels of unlabelled volumes, not even for Fig. 4"),
     ("peek_every", 100, 20, None, "steps between points of Fig. 4"),
@@ -139,9 +138,9 @@ def check(run):
         (o.block < 4 or o.block // 2 > o.size // 8,
          f"--block {o.block}: use 4 to {o.size // 4 + 1}, for a coarse map of {o.size // 8}"),
         (o.stiffness < 0 or o.radius <= 0, "--stiffness must be 0 or more, --radius above 0"),
-        (min(o.peek_every, o.groups, o.anchors, o.positives, o.projection) < 1,
-         "--peek-every, --groups, --anchors, --positives and --projection must be 1 or more"),
-        (o.bank < o.anchors, f"--bank {o.bank}: use --anchors, {o.anchors}, or more"),
+        (min(o.peek_every, o.groups, o.bank, o.projection) < 1,
+         "--peek-every, --groups, --bank and --projection must be 1 or more"),
+        (o.anchors < 2, f"--anchors {o.anchors}: use 2 or more"),
         (max(o.labelled) >= most,
          f"--labelled {max(o.labelled)}: leaves no training patient without label; use fewer"),
     ])
@@ -195,6 +194,43 @@ def decay(t, T):
     return math.exp(-5 * (t / T) ** 2)
 
 
+def balanced_parts(z, y, temperature):
+    """The sums of the balanced contrast for every pixel i of a group, each [..., n].
+
+    z [..., n, d] of length 1, y [..., n] whole numbers. Returns
+
+        sum_{p in P(i)} z_i.z_p / tau,    |P(i)|,    D_i = sum_{a != i} exp(z_i.z_a / tau) / w_ia
+
+    P(i): the others of i's class; w_ia = N_{y_a}, the number of pixels of a's class, without i.
+    D_i comes times exp(-1 / tau), so that nothing overflows.
+    """
+    # The plain double loop, of which the lines below are the matrix form:
+    #   for i in range(n):
+    #       P = [p for p in range(n) if p != i and y[p] == y[i]]
+    #       attract[i] = sum(z[i] @ z[p] / tau for p in P)
+    #       D[i] = sum(exp(z[i] @ z[a] / tau) / w[i, a] for a in range(n) if a != i)
+    Y = F.one_hot(y.long()).float()                                # [..., n, K]
+    N = Y.sum(-2, keepdim=True)                                    # [..., 1, K]: N_c
+    w = (N - Y).clamp(min=1)                                       # [..., n, K]: w_ia, by a's class
+    count = (Y * (N - Y)).sum(-1)                                  # [..., n]: |P(i)|
+    # sum_{p in P(i)} z_i.z_p = z_i . (sum of its class) - z_i.z_i
+    own_class = Y @ (Y.mT @ z)                                     # [..., n, d]
+    attract = ((z * own_class).sum(-1) - 1) / temperature          # [..., n]
+    others = 1 - torch.eye(z.shape[-2], device=z.device)           # [n, n]: a != i
+    E = ((z @ z.mT - 1) / temperature).exp() * others              # [..., n, n]
+    # w_ia depends on the classes of i and a alone: sum over each class, then divide by its w
+    D = (E @ Y / w).sum(-1)                                        # [..., n]
+    return attract, count, D
+
+
+def mean_contrast(attract, count, D, temperature):
+    """Mean of L_i = log D_i - attract_i / count_i over the i with count > 0; 0 without any."""
+    log_D = D.clamp(min=1e-30).log() + 1 / temperature             # see `balanced_parts`
+    has = count > 0
+    L = (log_D - attract / count.clamp(min=1)) * has
+    return L.sum() / has.sum().clamp(min=1)
+
+
 def balanced_contrastive_loss(z, y, temperature):
     """Class-balanced supervised contrast in a group [base]: pixels of one class attract.
 
@@ -205,29 +241,31 @@ def balanced_contrastive_loss(z, y, temperature):
     [n, d] before normalisation, y [n] whole numbers; or G groups at once, [G, n, d] and [G, n].
     Returns a scalar, the mean over the anchors that have a positive; 0 without any.
     """
-    # The plain double loop, of which the lines below are the matrix form:
-    #   for i in range(n):
-    #       P = [p for p in range(n) if p != i and y[p] == y[i]]
-    #       total = sum(exp(z[i] @ z[a] / tau) / w[i, a] for a in range(n) if a != i)
-    #       L[i] = log(total) - sum(z[i] @ z[p] / tau for p in P) / len(P)
-    z = F.normalize(z.float(), dim=-1)                             # [..., n, d]
-    Y = F.one_hot(y.long()).float()                                # [..., n, K]
-    N = Y.sum(-2, keepdim=True)                                    # [..., 1, K]: N_c
-    w = (N - Y).clamp(min=1)                                       # [..., n, K]: w_ia, by a's class
-    count = (Y * (N - Y)).sum(-1)                                  # [..., n]: |P(i)|
-    others = 1 - torch.eye(z.shape[-2], device=z.device)           # [n, n]: a != i
-    with torch.autocast(z.device.type, enabled=False):             # float32 also under autocast
-        sim = z @ z.mT / temperature                               # [..., n, n], at most 1 / tau
-        E = (sim - 1 / temperature).exp() * others                 # so this cannot overflow
-        # w_ia depends on the classes of i and a alone: sum over each class, then divide by its w
-        total = (E @ Y / w).sum(-1)                                # [..., n]
-        log_total = total.clamp(min=1e-30).log() + 1 / temperature
-        # sum_{p in P(i)} z_i.z_p = z_i . (sum of its class) - z_i.z_i
-        own_class = Y @ (Y.mT @ z)                                 # [..., n, d]
-        positive = ((z * own_class).sum(-1) - 1) / temperature     # [..., n]
-    has = count > 0
-    L = (log_total - positive / count.clamp(min=1)) * has          # [..., n]
-    return L.sum() / has.sum().clamp(min=1)
+    z = F.normalize(z.float(), dim=-1)
+    attract, count, D = balanced_parts(z, y, temperature)
+    return mean_contrast(attract, count, D, temperature)
+
+
+def reps_loss(z, y, r, near, temperature):
+    """REPS: what registration takes for an anchor's place in other volumes joins its positives.
+
+        L_i = - 1/(|P(i)| + |R(i)|) sum_{p in P(i) u R(i)} [ z_i.z_p/tau - log D_i ]            (REPS)
+        D_i = sum_{a != i in the group} exp(z_i.z_a/tau) / w_ia
+              + 1/|R(i)| sum_{r in R(i)} exp(z_i.z_r/tau)
+
+    P(i) and w_ia as in `balanced_contrastive_loss`, the group being the anchors; the last sum only
+    where R(i) is not empty. So what R(i) holds is never a negative, and needs no class. z [n, d]
+    before normalisation, y [n]; r [n, V, d] of length 1: the candidate of each volume, near [n, V]:
+    whether it is in R(i). Returns a scalar, the mean over the anchors that have a positive.
+    """
+    z = F.normalize(z.float(), dim=-1)
+    attract, count, D = balanced_parts(z, y, temperature)
+    sim = (z[:, None] * r).sum(-1) / temperature                   # [n, V]
+    E = (sim - 1 / temperature).exp()                              # times exp(-1 / tau), as D
+    number = near.sum(1)                                           # [n]: |R(i)|
+    D = D + (E * near).sum(1) / number.clamp(min=1)
+    attract = attract + (sim * near).sum(1)
+    return mean_contrast(attract, count + number, D, temperature)
 
 
 def cut(x, size, offset=(0, 0)):
@@ -271,57 +309,39 @@ def local_contrast(maps, labels, size, groups, temperature):
 
 
 class MemoryBank(nn.Module):
-    """The last `size` pixel features of one network, each with its common place (mm) and volume.
+    """The last `size` pixel features of every volume, of one network, with their common places.
 
     The oldest are overwritten. A module, so that its state is saved as that of networks is.
     """
-    def __init__(self, size, dim):
+    def __init__(self, volumes, size, dim):
         super().__init__()
-        self.register_buffer("z", torch.zeros(size, dim))
-        self.register_buffer("place", torch.full((size, 3), 1e6))  # empty: 1 km from all places
-        self.register_buffer("volume", torch.full((size,), -1))    # -1: empty
-        self.register_buffer("next", torch.tensor(0))
+        self.register_buffer("z", torch.zeros(volumes, size, dim))
+        # mm; empty: 1 km from all places
+        self.register_buffer("place", torch.full((volumes, size, 3), 1e6))
+        self.register_buffer("next", torch.zeros(volumes, dtype=torch.long))
 
     def push(self, z, place, volume):
         """Add features z [n, d] (unit length, detached) at places [n, 3] of volumes [n]."""
-        index = torch.arange(len(z), device=self.z.device) + self.next
-        index = index % len(self.z)                                # [n]
-        self.z[index] = z
-        self.place[index] = place
-        self.volume[index] = volume
-        self.next.copy_((self.next + len(z)) % len(self.z))
+        size = self.z.shape[1]
+        for v in volume.unique():
+            own = torch.nonzero(volume == v)[-size:, 0]            # [m]
+            index = self.next[v] + torch.arange(len(own), device=own.device)
+            index = index % size                                   # [m]
+            self.z[v, index] = z[own]
+            self.place[v, index] = place[own]
+            self.next[v] = (self.next[v] + len(own)) % size
 
-    def nearest(self, place, volume, radius, k):
-        """The k entries of *other* volumes nearest to each place [n, 3].
+    def nearest(self, place, volume, radius):
+        """R(i): from every volume but the own the one feature nearest to each place [n, 3] in mm.
 
-        Returns (indices [n, k], whether within `radius` mm [n, k]).
+        Returns (features [n, V, d], whether within `radius` mm [n, V]).
         """
-        own = volume[:, None] == self.volume                       # [n, M]
-        away = torch.cdist(place, self.place)                      # [n, M] in mm
-        away = away.masked_fill(own, torch.inf)
-        distance, index = away.topk(min(k, away.shape[1]), 1, largest=False)
-        return index, distance <= radius
-
-
-def reps_loss(z, place, volume, bank, radius, k, temperature):
-    """REPS: positives are the bank's features of other volumes at the nearest common places.
-
-        L_i = - 1/|R(i)| sum_{p in R(i)} log( exp(z_i.z_p/tau) / sum_{a in bank} exp(z_i.z_a/tau) )
-
-    whatever any network predicts. z [n, d] before normalisation, place [n, 3] in mm, volume [n].
-    Returns a scalar, the mean over the anchors that have a positive; 0 without any.
-    """
-    z = F.normalize(z.float(), dim=1)
-    R, near = bank.nearest(place, volume, radius, k)               # [n, k] each: R(i), if near
-    if not near.any():
-        return z.sum() * 0
-    with torch.autocast(z.device.type, enabled=False):
-        sim = z @ bank.z.clone().T / temperature                   # [n, M]; `push` will change z
-    filled = sim.masked_fill(bank.volume < 0, -torch.inf)
-    log_prob = sim - filled.logsumexp(1, keepdim=True)             # [n, M]
-    count = near.sum(1)                                            # [n]: |R(i)|
-    L = -(log_prob.gather(1, R) * near).sum(1) / count.clamp(min=1)
-    return L.sum() / (count > 0).sum()
+        away = torch.cdist(place, self.place.flatten(0, 1))        # [n, V size]
+        away = away.unflatten(1, self.place.shape[:2])             # [n, V, size]
+        distance, index = away.min(2)                              # [n, V] each
+        every = torch.arange(len(self.z), device=place.device)     # [V]
+        near = (distance <= radius) & (every != volume[:, None])
+        return self.z[every, index], near
 
 
 # --------------------------------------------------------------------------------------- training
@@ -420,9 +440,26 @@ def draw_batch(run, numbers, places, warped=None):
     return Batch(views, warp(label, grid, "nearest"), place, volume)
 
 
+class Pixels(NamedTuple):
+    """What the two contrasts compare: lists of two, the U-Net's and the Swin-UNet's."""
+    coarse: list                                                   # [B, d, S/8, S/8], projected
+    fine: list                                                     # [B, d, S/2, S/2]
+    classes: list                                                  # [B, S, S]
+    places: list                                                   # [B, S, S, 3] mm, nan: none
+    volumes: list                                                  # [B]
+
+
+def pixels_of(batch, maps, classes):
+    """The `Pixels` of a batch, its `Maps` and, for each network, the classes of its pixels."""
+    return Pixels(maps.coarse, maps.fine, classes, [batch.place] * 2, [batch.volume] * 2)
+
+
 def joined(first, second):
-    """Labelled and unlabelled slices in one batch, for each network: two lists of two -> one."""
-    return [torch.cat([a, b]) for a, b in zip(first, second)]
+    """The `Pixels` of labelled and of unlabelled slices in one batch."""
+    both = []
+    for a, b in zip(first, second):
+        both.append([torch.cat(pair) for pair in zip(a, b)])
+    return Pixels(*both)
 
 
 def cell_classes(y, side):
@@ -433,43 +470,44 @@ def cell_classes(y, side):
     return F.interpolate(y[:, None].float(), side, mode="nearest-exact")[:, 0].long()
 
 
-def contrast_terms(o, label, maps, maps_u=None):
-    """The local contrast at both levels: a scalar.
-
-    label [B, S, S] and `Maps` of labelled slices, `Maps` of unlabelled ones or None. The class of
-    an unlabelled pixel is what the other network says.
-    """
-    coarse, fine = maps.coarse, maps.fine
-    labels = [label, label]
-    if maps_u:
-        others = [maps_u.logits[1].argmax(1), maps_u.logits[0].argmax(1)]
-        coarse = joined(coarse, maps_u.coarse)
-        fine = joined(fine, maps_u.fine)
-        labels = joined(labels, others)
-    side = coarse[0].shape[2:]
-    small = [cell_classes(y, side) for y in labels]                # [B, S/8, S/8]
-    half = [y[:, ::2, ::2] for y in labels]                        # [B, S/2, S/2]
-    # coarse: 4 blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
-    at_coarse = local_contrast(coarse, small, o.block // 2, 4, o.temperature)
-    at_fine = local_contrast(fine, half, o.block // 2, o.groups, o.temperature)
+def contrast_terms(o, pixels):
+    """The local contrast at both levels: a scalar."""
+    side = pixels.coarse[0].shape[2:]
+    small = [cell_classes(y, side) for y in pixels.classes]        # [B, S/8, S/8]
+    half = [y[:, ::2, ::2] for y in pixels.classes]                # [B, S/2, S/2]
+    # coarse: 4 groups of blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
+    at_coarse = local_contrast(pixels.coarse, small, o.block // 2, 4, o.temperature)
+    at_fine = local_contrast(pixels.fine, half, o.block // 2, o.groups, o.temperature)
     return at_coarse + at_fine
 
 
-def reps_terms(o, banks, fine, place, volume):
-    """REPS of both networks at random pixels that have a common place; fills the banks. A scalar.
+def draw_anchors(known, organ, n):
+    """n random pixels of the mask `known` [B, h, w], half of them organ, or fewer if there are not.
 
-    fine: of each network [B, d, S/2, S/2]; place [B, S, S, 3] in mm; volume [B].
+    Returns [n, 3]: image, row, column.
     """
-    place = place[:, ::2, ::2]                                     # [B, S/2, S/2, 3]
-    known = torch.nonzero(place.isfinite().all(-1))                # [pixels, 3]: image, row, column
-    few = torch.randperm(len(known))[:o.anchors].to(known.device)
-    b, r, c = known[few].T                                         # [n] each
-    where, who = place[b, r, c], volume[b]                         # [n, 3], [n]
+    some = []
+    for kind in (known & organ, known & ~organ):
+        pixels = torch.nonzero(kind)                               # [pixels, 3]
+        few = torch.randperm(len(pixels))[:n // 2]
+        some.append(pixels[few.to(pixels.device)])
+    return torch.cat(some)
+
+
+def reps_terms(o, banks, pixels):
+    """REPS of both networks at anchors that have a common place; fills the banks. A scalar."""
     L = 0.
-    for features, bank in zip(fine, banks):
-        z = features[b, :, r, c]                                   # [n, d]
-        L = L + reps_loss(z, where, who, bank, o.radius, o.positives, o.temperature)
-        bank.push(F.normalize(z.detach().float(), dim=1), where, who)
+    for bank, *own in zip(banks, *pixels[1:]):
+        z, y, place, volume = own                                  # [B, d, S/2, S/2], the rest:
+        y, place = y[:, ::2, ::2], place[:, ::2, ::2]              # [B, S/2, S/2 (, 3)], [B]
+        known = place.isfinite().all(-1)                           # [B, S/2, S/2]
+        b, row, column = draw_anchors(known, y > 0, o.anchors).T   # [n] each
+        if len(b):
+            z = F.normalize(z[b, :, row, column].float(), dim=1)   # [n, d]
+            place = place[b, row, column]                          # [n, 3]
+            r, near = bank.nearest(place, volume[b], o.radius)
+            L = L + reps_loss(z, y[b, row, column], r, near, o.temperature)
+            bank.push(z.detach(), place, volume[b])
     return L
 
 
@@ -497,8 +535,9 @@ def train(run, row, registered):
     own = dataset.of_patients(patients, labelled=True)
     others = dataset.of_patients(set(run.split["train"]) - set(patients))
     students, optimiser = start_training(run, row.seed)
-    banks = nn.ModuleList([MemoryBank(o.bank, o.projection), MemoryBank(o.bank, o.projection)])
-    banks.to(run.device)
+    volumes = len(run.cases)
+    banks = [MemoryBank(volumes, o.bank, o.projection) for _ in range(2)]
+    banks = nn.ModuleList(banks).to(run.device)
     for step in run.steps(row.name, T, (students, banks), optimiser):
         for group in optimiser.param_groups:
             warm = min(1, (step + 1) / (group["warm_up"] + 1))
@@ -516,13 +555,15 @@ def train(run, row, registered):
         # warped label, never the true one    (RSL) [ours]
         if not o.no_rsl:
             L_RSL = sum(segmentation_loss(logits, unlabelled.label) for logits in maps_u.logits)
+        pixels = pixels_of(labelled, maps, [labelled.label] * 2)
+        if step >= .075 * T:                                       # labelled slices alone at first
+            # the class of an unlabelled pixel is what the other network says
+            unet, swin = (logits.argmax(1) for logits in maps_u.logits)
+            pixels = joined(pixels, pixels_of(unlabelled, maps_u, [swin, unet]))
         if not o.no_contrast:
-            later = maps_u if step >= .075 * T else None           # labelled slices alone at first
-            L_contrast = contrast_terms(o, labelled.label, maps, later)
+            L_contrast = contrast_terms(o, pixels)
         if not o.no_reps:
-            place = torch.cat([labelled.place, unlabelled.place])
-            volume = torch.cat([labelled.volume, unlabelled.volume])
-            L_REPS = reps_terms(o, banks, joined(maps.fine, maps_u.fine), place, volume)
+            L_REPS = reps_terms(o, banks, pixels)
         # L = L_sup + w(t) L_CT + omega(t) L_RSL + lambda_c L_contrast + lambda_r L_REPS    [ours]
         w = o.cross_weight * ramp_up(step, .75 * T)
         omega = o.rsl_weight * decay(step, T)

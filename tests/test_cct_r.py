@@ -404,19 +404,19 @@ def test_groups_of_background_are_skipped():
     assert used == {((0, 0),)}                                     # its partner is anywhere
 
 
-def test_an_unlabelled_pixel_has_the_class_of_the_other_network(monkeypatch):
+def made_up_pixels(B=2, S=16, d=4):
+    """`Pixels` of random features and classes, each network's own."""
+    coarse = [torch.randn(B, d, S // 8, S // 8) for _ in range(2)]
+    fine = [torch.randn(B, d, S // 2, S // 2) for _ in range(2)]
+    classes = [torch.randint(0, 3, (B, S, S)) for _ in range(2)]
+    place = torch.rand(B, S, S, 3)
+    return cct_r.Pixels(coarse, fine, classes, [place] * 2, [torch.arange(B)] * 2)
+
+
+def test_what_the_contrast_compares(monkeypatch):
     """What contrast_terms hands to local_contrast: classes, sizes and groups at both levels."""
     torch.manual_seed(0)
     o = argparse.Namespace(block=8, groups=5, temperature=.1)
-
-    def maps():
-        logits = [torch.randn(2, 3, 16, 16) for _ in range(2)]
-        coarse = [torch.randn(2, 4, 2, 2) for _ in range(2)]
-        full = [torch.randn(2, 4, 8, 8) for _ in range(2)]
-        return cct_r.Maps(logits, coarse, full)
-
-    seen, seen_u = maps(), maps()
-    label = torch.randint(0, 3, (2, 16, 16))
     calls = []
 
     def noted(*arguments):
@@ -424,22 +424,19 @@ def test_an_unlabelled_pixel_has_the_class_of_the_other_network(monkeypatch):
         return torch.tensor(1.)
 
     monkeypatch.setattr(cct_r, "local_contrast", noted)
-    assert cct_r.contrast_terms(o, label, seen, seen_u).item() == 2
-    (coarse, small, *rest), (full, half, *rest_full) = calls
+    first, second = made_up_pixels(), made_up_pixels()
+    pixels = cct_r.joined(first, second)
+    assert cct_r.contrast_terms(o, pixels).item() == 2
+    (coarse, small, *rest), (fine, half, *rest_fine) = calls
     assert rest == [4, 4, .1]
-    assert rest_full == [4, 5, .1]
+    assert rest_fine == [4, 5, .1]
     for net in (0, 1):
-        other = seen_u.logits[1 - net].argmax(1)
-        assert torch.equal(half[net], torch.cat([label, other])[:, ::2, ::2])
-        assert torch.equal(full[net], torch.cat([seen.fine[net], seen_u.fine[net]]))
-        assert torch.equal(coarse[net], torch.cat([seen.coarse[net], seen_u.coarse[net]]))
-        assert small[net].shape == (4, 2, 2)
-    calls.clear()
-    cct_r.contrast_terms(o, label, seen)                           # at first labelled ones alone
-    full, half = calls[1][:2]
-    for net in (0, 1):
-        assert torch.equal(half[net], label[:, ::2, ::2])
-        assert torch.equal(full[net], seen.fine[net])
+        classes = torch.cat([first.classes[net], second.classes[net]])
+        assert torch.equal(half[net], classes[:, ::2, ::2])
+        assert torch.equal(small[net], classes[:, 4::8, 4::8])
+        assert torch.equal(fine[net], torch.cat([first.fine[net], second.fine[net]]))
+        assert torch.equal(coarse[net], torch.cat([first.coarse[net], second.coarse[net]]))
+        assert torch.equal(pixels.volumes[net], torch.tensor([0, 1, 0, 1]))
 
 
 def test_the_class_of_a_cell_is_that_of_its_middle():
@@ -452,69 +449,139 @@ def test_the_class_of_a_cell_is_that_of_its_middle():
 
 
 def test_memory_bank():
-    bank = MemoryBank(4, 2)
+    bank = MemoryBank(4, 2, 2)                                     # 4 volumes, 2 features each
+    z = torch.eye(2)
     where = torch.tensor([[0., 0, 0], [0, 0, 3], [0, 0, 9]])
-    here = torch.tensor([[0., 0, 1]])
-    bank.push(torch.eye(3)[:, :2], where, torch.tensor([7, 8, 8]))
-    index, near = bank.nearest(here, torch.tensor([5]), 2.5, 3)
-    assert index[0, :2].tolist() == [0, 1]                         # nearest first
-    assert near[0].tolist() == [True, True, False]                 # the third is too far
-    index, near = bank.nearest(here, torch.tensor([7]), 2.5, 3)
-    assert index[0, 0] == 1                                        # never the own volume
-    assert near[0].tolist() == [True, False, False]
-    new = torch.tensor([[5., 5, 5], [6, 6, 6]])
-    bank.push(torch.ones(2, 2), new, torch.tensor([1, 2]))         # one place free: the oldest goes
-    assert bank.volume.tolist() == [2, 8, 8, 1]
-    assert bank.place[0].tolist() == [6, 6, 6]
-    assert bank.next == 1
-    _, near = MemoryBank(4, 2).nearest(where, torch.tensor([1, 2, 3]), 5., 2)
+    bank.push(torch.cat([z, -z[:1]]), where, torch.tensor([1, 2, 2]))
+    here = torch.tensor([[0., 0, 1], [0, 0, 8]])
+    r, near = bank.nearest(here, torch.tensor([0, 2]), 2.5)
+    assert near.tolist() == [[False, True, True, False],          # one of each other volume
+                             [False, False, False, False]]        # never of the own one
+    assert r[0, 1].tolist() == [1, 0]
+    assert r[0, 2].tolist() == [0, 1]                              # at 3 mm, not at 9
+    r, near = bank.nearest(here + torch.tensor([0., 0, 7]), torch.tensor([0, 0]), 2.5)
+    assert near[0].tolist() == [False, False, True, False]
+    assert r[0, 2].tolist() == [-1, 0]                             # at 9 mm, not at 3
+    bank.push(5 * torch.ones(1, 2), torch.tensor([[7., 7, 7]]), torch.tensor([2]))
+    assert bank.place[2].tolist() == [[7, 7, 7], [0, 0, 9]]        # the oldest goes
+    assert bank.next.tolist() == [0, 1, 1, 0]
+    bank.push(torch.rand(5, 2), torch.rand(5, 3), torch.full((5,), 3))     # more than it holds
+    assert (bank.place[3] < 1).all()
+    _, near = MemoryBank(4, 2, 2).nearest(where, torch.tensor([1, 2, 3]), 5.)
     assert not near.any()                                          # empty
+
+
+def reps_oracle(z, y, where, who, bank, radius, tau):
+    """REPS pixel by pixel in float64; bank: a list of (feature, place, volume)."""
+    z = unit(z)
+    n = len(z)
+    losses = []
+    sizes = []
+    for i in range(n):
+        R = []
+        for v in {volume for _, _, volume in bank} - {who[i]}:
+            of_v = [(np.linalg.norm(where[i] - place), tuple(f)) for f, place, volume in bank
+                    if volume == v]
+            distance, f = min(of_v)
+            if distance <= radius:
+                R.append(np.array(f))
+        D = 0.
+        for a in range(n):
+            if a != i:
+                D += math.exp(z[i] @ z[a] / tau) / (sum(y == y[a]) - (y[a] == y[i]))
+        if R:
+            D += sum(math.exp(z[i] @ r / tau) for r in R) / len(R)
+        positives = [z[p] for p in range(n) if p != i and y[p] == y[i]] + R
+        if positives:
+            L = [z[i] @ p / tau - math.log(D) for p in positives]
+            losses.append(-sum(L) / len(positives))
+        sizes.append((len(positives) - len(R), len(R)))
+    return np.mean(losses), sizes
 
 
 def test_reps_equals_the_loop():
     rng = np.random.default_rng(0)
-    n, M, tau, radius = 6, 20, .1, 8.
+    n, V, M, tau, radius = 9, 5, 6, .1, 8.
     z = rng.normal(size=(n, 5))
+    y = np.array([0, 0, 0, 1, 1, 2, 3, 4, 0])                      # 2, 3, 4: alone in their class
     where = rng.uniform(-10, 10, (n, 3))
-    who = rng.integers(0, 4, n)
-    b_z = rng.normal(size=(M, 5))
-    b_where = rng.uniform(-10, 10, (M, 3))
-    b_who = rng.integers(0, 4, M)
-    where[0] = 500                                                 # nothing near: left out
-    bank = MemoryBank(M + 5, 5)                                    # five places stay empty
-    bank.push(torch.tensor(unit(b_z)).float(), torch.tensor(b_where).float(), torch.tensor(b_who))
-    losses = []
-    for i in range(n):
-        others = [a for a in range(M) if b_who[a] != who[i]]
-        R = sorted((np.linalg.norm(where[i] - b_where[a]), a) for a in others)[:3]
-        R = [a for distance, a in R if distance <= radius]
-        e = np.exp(unit(z)[i] @ unit(b_z).T / tau)
-        if R:
-            losses.append(-sum(math.log(e[p] / e.sum()) for p in R) / len(R))
-    assert 0 < len(losses) < n
-    got = cct_r.reps_loss(torch.tensor(z), torch.tensor(where).float(), torch.tensor(who), bank,
-                          radius, 3, tau)
-    assert got.item() == pytest.approx(np.mean(losses), rel=1e-4)
+    who = rng.integers(0, V, n)
+    where[7] = 500                                                 # nothing near: no positive
+    where[8] = 500                                                 # only those of its class
+    features = unit(rng.normal(size=(V * M - 8, 5)))               # volume 4 has none
+    places = rng.uniform(-10, 10, (len(features), 3))
+    volumes = np.arange(len(features)) % (V - 1)
+    bank = MemoryBank(V, M, 5)
+    bank.push(torch.tensor(features).float(), torch.tensor(places).float(), torch.tensor(volumes))
+    entries = list(zip(features, places, volumes))
+    want, sizes = reps_oracle(z, y, where, who, entries, radius, tau)
+    assert {p > 0 for p, _ in sizes} == {r > 0 for _, r in sizes} == {True, False}
+    assert sizes[7] == (0, 0)
+    assert any(p == 0 and r > 1 for p, r in sizes)
+    r, near = bank.nearest(torch.tensor(where).float(), torch.tensor(who), radius)
+    assert near.sum(1).tolist() == [count for _, count in sizes]
+    got = cct_r.reps_loss(torch.tensor(z), torch.tensor(y), r, near, tau)
+    assert got.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_reps_with_an_empty_bank_is_the_balanced_contrast():
+    torch.manual_seed(0)
+    z = torch.randn(8, 4)
+    y = torch.randint(0, 3, (8,))
+    r, near = MemoryBank(3, 5, 4).nearest(torch.rand(8, 3), torch.zeros(8).long(), 9.)
+    assert cct_r.reps_loss(z, y, r, near, .1) == balanced_contrastive_loss(z, y, .1)
+
+
+def test_the_bank_only_attracts():
+    """Every step down the gradient turns an anchor towards what R(i) holds, whatever its class."""
+    z = torch.tensor([[1., 0, 0]], requires_grad=True)
+    r = torch.tensor([[[0., 1, 0], [0, 0, 1]]])
+    near = torch.tensor([[True, False]])
+    cct_r.reps_loss(z, torch.tensor([0]), r, near, 1.).backward()
+    assert z.grad[0, 1] == 0                                       # alone in D_i: L_i = 0
+    both = torch.tensor([[1., 0, 0], [1., .5, 0]])
+    both.requires_grad_()
+    near = torch.tensor([[True, False], [False, False]])
+    cct_r.reps_loss(both, torch.tensor([0, 1]), r.expand(2, 2, 3), near, 1.).backward()
+    assert both.grad[0, 1] < 0                                     # towards the near one
+    assert both.grad[0, 2] == 0                                    # what is not near: nothing
+
+
+def test_half_of_the_anchors_are_organ():
+    torch.manual_seed(0)
+    known = torch.rand(2, 20, 20) < .5
+    organ = torch.rand(2, 20, 20) < .2
+    for few, want in ((40, 20), (400, int((known & organ).sum()))):
+        b, row, column = cct_r.draw_anchors(known, organ, few).T
+        assert known[b, row, column].all()
+        assert organ[b, row, column].sum() == want
+        assert len(torch.unique(torch.stack([b, row, column], 1), dim=0)) == len(b)
+    assert len(cct_r.draw_anchors(known & False, organ, 40)) == 0
 
 
 def test_reps_anchors_have_a_place_and_fill_the_banks():
     """Each network's features go to its bank, with the place and the volume of their pixel."""
     torch.manual_seed(0)
-    o = argparse.Namespace(anchors=5, radius=8., positives=2, temperature=.1)
-    full = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
+    o = argparse.Namespace(anchors=6, radius=8., temperature=.1)
+    fine = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
     place = torch.full((2, 8, 8, 3), torch.nan)
     place[1, 2:6, :] = torch.rand(4, 8, 3)                         # 2 x 4 places of every 2nd pixel
     place[0, 1::2, 1::2] = 3.                                      # never looked at
-    banks = [MemoryBank(16, 3), MemoryBank(16, 3)]
-    L = cct_r.reps_terms(o, banks, full, place, torch.tensor([7, 9]))
-    assert L.item() == 0                                           # the banks were empty
-    for features, bank in zip(full, banks):
-        assert bank.next == 5
-        assert bank.volume[:5].tolist() == [9] * 5
+    organ = torch.zeros(2, 8, 8, dtype=torch.long)
+    organ[:, :4] = 2
+    volume = torch.tensor([7, 9])
+    pixels = cct_r.Pixels([None] * 2, fine, [organ] * 2, [place] * 2, [volume] * 2)
+    banks = [MemoryBank(10, 16, 3), MemoryBank(10, 16, 3)]
+    L = cct_r.reps_terms(o, banks, pixels)
+    assert L.item() > 0
+    for features, bank in zip(fine, banks):
+        assert bank.next.tolist() == [0] * 9 + [6]
         own = F.normalize(features[1], dim=0)                      # [3, 4, 4]
-        for z, spot in zip(bank.z[:5], bank.place[:5]):
+        for z, spot in zip(bank.z[9, :6], bank.place[9, :6]):
             row, column = (place[1, ::2, ::2] == spot).all(-1).nonzero()[0].tolist()
             assert torch.allclose(z, own[:, row, column])
+    nowhere = pixels._replace(places=[place * torch.nan] * 2)
+    assert cct_r.reps_terms(o, banks, nowhere) == 0
 
 
 def dice_oracle(logits, y):
@@ -991,10 +1058,11 @@ def test_bad_options_of_cct_r(finished, phantom, tmp_path):
     assert "--window 1" in wrong("--window", 1)
     assert "--temperature" in wrong("--temperature", 0)
     assert "--block 99" in wrong("--block", 99)
-    assert "--bank 3" in wrong("--bank", 3)
+    assert "--bank" in wrong("--bank", 0)
     assert "--stiffness" in wrong("--stiffness", -1)
     assert "--radius" in wrong("--radius", 0)
     assert "--peek-every" in wrong("--peek-every", 0)
+    assert "--anchors 1" in wrong("--anchors", 1)
     assert "no training patient without label" in wrong("--labelled", 4)
     done = run("cct_r", "--data", phantom, *options("cct_r"), "--batch", 10, "--out",
                tmp_path / "o", cwd=work)
