@@ -55,7 +55,7 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     choose nothing; the last checkpoint is scored [ours]. With one case [base] uses 23 slices of
     patient 099, we all 32. The paper's second set, an abdominal one (Synapse), was not run.
 
-Letters: B slices drawn at once, a quarter of --batch (2B: labelled and unlabelled ones joined), C
+Letters: B slices drawn at once (2B: those of both networks), C
 channels, K classes, S network size, V slices of a volume, Z, Y, X and z, y, x voxels of a box and
 its control points, d features of a pixel, n pixels of a group or anchors, G groups, M features in
 the bank, N slices of a dataset, t of T steps.
@@ -89,17 +89,21 @@ OPTIONS = [
     ("width", 16, None, None, "channels of the first U-Net level (base: 16)"),
     ("swin_dim", 48, None, 96, "channels of the Swin-UNet's first stage, divisible by 6"),
     ("window", 6, 4, 7, "tokens along a window's side; best a divisor of size / 16"),
-    ("spacing", None, 2.5, None, "mm a pixel in plane; 2 on ACDC"),
+    ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (base: whole slices made 224 pixels "
+     "wide, which is 1.5 there)"),
     ("size", None, 64, 224, "S, crop in pixels, divisible by 16; 96 on ACDC"),
     ("stiffness", .3, None, None, "of registration: weight of the velocity's mean square gradient"),
     ("no_brs", False, None, None, "ablation: partners in turn, not by cycle consistency"),
     ("steps", 1200, 240, 40000, "T, steps of training, also from scratch"),
-    ("batch", 8, None, 8, "slices a step: for each network a quarter labelled and a quarter not; "
-     "from scratch all labelled (base: 2 + 2 a network)"),
+    ("labelled_batch", 2, None, 2, "labelled slices a step, seen by both networks"),
+    ("unlabelled_batch", 2, None, 2, "unlabelled slices a step, seen by both networks"),
+    ("batch", 8, None, None, "slices a step from scratch, all labelled"),
     ("lr", 2e-3, None, 5e-4, "of the U-Net and of scratch, AdamW, cosine to 0 (base: poly 0.9)"),
     ("swin_lr", 5e-4, None, 1e-4, "of the Swin-UNet, after 5 % warm-up"),
     ("pretrained_lr", 1e-3, None, None, "of a U-Net that starts from --init (ours)"),
+    ("weight_decay", 1e-4, None, 5e-4, "of the two networks; from scratch 1e-4"),
     ("rotation", .5, None, None, "largest rotation in rad"),
+    ("base_views", False, None, None, "flips and rotations alone as the base has, also from scratch"),
     ("no_cross_teaching", False, None, None, "ablation"),
     ("no_contrast", False, None, None, "ablation"),
     ("no_rsl", False, None, None, "ablation: no warped labels"),
@@ -118,8 +122,8 @@ OPTIONS = [
     ("no_peek", False, None, None, "never read labels of unlabelled volumes, not even for Fig. 4"),
     ("peek_every", 100, 20, None, "steps between points of Fig. 4"),
 ]
-PAPER_ALSO = ("ImageNet weights and a fourth stage in the Swin-UNet, projectors of two layers, "
-              "poly decay, weight decay 5e-4, and a pixel that we do not know (--spacing)")
+PAPER_ALSO = ("ImageNet weights and a fourth stage in the Swin-UNet, and poly decay for cosine; its "
+              "views are --base-views")
 
 
 def check(run):
@@ -129,8 +133,9 @@ def check(run):
     if "labelled" not in o.given:                                  # not typed: fewer, no refusal
         o.labelled = [n for n in o.labelled if n < most] or [1]
     common.refuse([
-        (o.batch < 8 or o.batch % 4,
-         f"--batch {o.batch}: each network sees a quarter labelled, a quarter not; use 8, 12, ..."),
+        (min(o.labelled_batch, o.unlabelled_batch) < 1,
+         "--labelled-batch and --unlabelled-batch must be 1 or more"),
+        (o.base_views and o.scratch, "--scratch: those rows have other views than --base-views"),
         (o.swin_dim < 6 or o.swin_dim % 6,
          f"--swin-dim {o.swin_dim}: use a multiple of 6, for its three heads and two halves"),
         (o.window < 2, f"--window {o.window}: use 2 or more"),
@@ -153,7 +158,7 @@ def nothing_on(o):
 
 def row_name(o):
     """The name of the trained rows: cct_r, and what is switched off."""
-    parts = ("no_cross_teaching", "no_contrast", "no_rsl", "no_reps", "no_brs")
+    parts = ("no_cross_teaching", "no_contrast", "no_rsl", "no_reps", "no_brs", "base_views")
     return "-".join([METHOD] + [part for part in parts if getattr(o, part)])
 
 
@@ -414,27 +419,48 @@ class Batch(NamedTuple):
     volume: torch.Tensor                                           # [B]
 
 
-def draw_batch(run, numbers, places, warped=None):
-    """A `Batch` of --batch / 4 random slices of `numbers`, moved at random.
+def base_grid(n, size, device):
+    """Sampling grids [n, S, S, 2] of the base's views, about the image's centre.
+
+    Half of them are turned by quarters and flipped, a quarter rotated by up to 20 degrees.
+    """
+    kind = torch.rand(n)
+    quarters = math.pi / 2 * torch.randint(4, (n,))
+    small = math.pi / 9 * (2 * torch.rand(n) - 1)
+    angle = torch.where(kind < .5, quarters, small * (kind < .75))
+    flip = torch.where(kind < .5, -1., 1.)
+    zero = torch.zeros(n)
+    rows = [flip * angle.cos(), -angle.sin(), zero, flip * angle.sin(), angle.cos(), zero]
+    theta = torch.stack(rows, 1).view(n, 2, 3).to(device)
+    return F.affine_grid(theta, (n, 1, size, size), align_corners=False)
+
+
+def random_grid(o, n, device):
+    """Sampling grids [n, S, S, 2] of the run's own views, or of the base's."""
+    if o.base_views:
+        return base_grid(n, o.size, device)
+    return spatial_grid(n, o.size, o.rotation, device)
+
+
+def draw_batch(run, numbers, n, places, warped=None):
+    """A `Batch` of n random slices of `numbers`, moved at random.
 
     places: common places [N, 3, S, S]; warped: pseudo-labels [N, S, S] of unlabelled slices.
     Without, slices have their true labels, and for each network intensities of its own.
     """
     o, dataset = run.o, run.dataset
-    pick = common.random_slices(numbers, o.batch // 4)             # [B]
-    grid = spatial_grid(len(pick), o.size, o.rotation, run.device)         # [B, S, S, 2]
+    pick = common.random_slices(numbers, n)                        # [B]
+    grid = random_grid(o, n, run.device)                           # [B, S, S, 2]
     x = warp(dataset.image(pick, run.device), grid)                # [B, C, S, S]
     place = places[pick].to(run.device).float()                    # [B, 3, S, S]
     place = F.grid_sample(place, grid, "nearest", align_corners=False)
     # outside the image grid_sample gives 0, which is a place
     outside = (grid.abs() > 1).any(-1, keepdim=True)               # [B, S, S, 1]
     place = place.movedim(1, -1).masked_fill(outside, torch.nan)   # [B, S, S, 3]
-    if warped is None:
-        label = dataset.label(pick, run.device)
+    label = dataset.label(pick, run.device) if warped is None else warped[pick].to(run.device).long()
+    views = [x, x]                                                 # see no. 8
+    if warped is None and not o.base_views:
         views = [photometric(x), photometric(x)]
-    else:
-        label = warped[pick].to(run.device).long()
-        views = [x, x]                                             # see no. 8
     views = [common.channels_last(v) for v in views]
     volume = torch.from_numpy(dataset.volume[pick]).to(run.device)
     return Batch(views, warp(label, grid, "nearest"), place, volume)
@@ -522,7 +548,7 @@ def start_training(run, seed):
     rest = [p for name, p in students.named_parameters() if not name.startswith("unet.")]
     groups = [{"params": students.unet.parameters(), "peak": peak, "warm_up": 0},
               {"params": rest, "peak": o.swin_lr, "warm_up": .05 * o.steps}]
-    return students, torch.optim.AdamW(groups, weight_decay=1e-4)
+    return students, torch.optim.AdamW(groups, weight_decay=o.weight_decay)
 
 
 def train(run, row, registered):
@@ -542,8 +568,9 @@ def train(run, row, registered):
         for group in optimiser.param_groups:
             warm = min(1, (step + 1) / (group["warm_up"] + 1))
             group["lr"] = group["peak"] * warm * cosine(step, T)
-        labelled = draw_batch(run, own, registered.places)
-        unlabelled = draw_batch(run, others, registered.places, registered.warped)
+        labelled = draw_batch(run, own, o.labelled_batch, registered.places)
+        unlabelled = draw_batch(run, others, o.unlabelled_batch, registered.places,
+                                registered.warped)
         with run.autocast():
             maps = students(labelled.views)
             maps_u = students(unlabelled.views)                    # by themselves: see no. 7
@@ -577,7 +604,19 @@ def train(run, row, registered):
                     REPS=L_REPS, weight_cross=w, weight_RSL=omega)
         if not o.no_peek and (step % o.peek_every == 0 or step == T - 1):
             run.log(row.name, step=step, **peek(run, students, others, registered.warped))
+    run.log(row.name, labelled_seen=T * o.labelled_batch)
     return students
+
+
+def baseline_batch(run, numbers):
+    """--batch random slices for the baseline: image [B, C, S, S], label [B, S, S]."""
+    o = run.o
+    if not o.base_views:
+        return common.labelled_batch(run, numbers, o.batch)        # as in the other scripts
+    pick = common.random_slices(numbers, o.batch)                  # [B]
+    grid = base_grid(o.batch, o.size, run.device)                  # [B, S, S, 2]
+    image = warp(run.dataset.image(pick, run.device), grid)
+    return common.channels_last(image), warp(run.dataset.label(pick, run.device), grid, "nearest")
 
 
 def finetune(run, row):
@@ -589,7 +628,7 @@ def finetune(run, row):
     optimiser = torch.optim.AdamW(unet.parameters(), weight_decay=1e-4)
     for step in run.steps(row.name, o.steps, (unet,), optimiser):
         optimiser.param_groups[0]["lr"] = o.lr * cosine(step, o.steps)
-        image, label = common.labelled_batch(run, numbers, o.batch)        # [B, C, S, S], [B, S, S]
+        image, label = baseline_batch(run, numbers)                # [B, C, S, S], [B, S, S]
         with run.autocast():
             logits = unet(image).float()                           # [B, K, S, S]
         ce = F.cross_entropy(logits, label)
@@ -600,6 +639,7 @@ def finetune(run, row):
         if step % 50 == 0:
             run.log(row.name, step=step, cross_entropy=ce, dice_loss=dice,
                     cross_entropy_chance=math.log(len(run.classes)))
+    run.log(row.name, labelled_seen=o.steps * o.batch)
     return unet
 
 
@@ -1442,6 +1482,8 @@ def main(arguments=None):
     if not o.no_peek:
         draw_pseudo_labels(run)
     run.report("registration.png", LOOK)
+    print(f"labelled slices seen: scratch {o.steps * o.batch}, each network of CCT-R "
+          f"{o.steps * o.labelled_batch}")
 
 
 if __name__ == "__main__":

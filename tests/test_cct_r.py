@@ -805,14 +805,14 @@ def test_views(setting, registered):
     numbers = dataset.of_patients(setting.split["labelled"][1:])
     warped, places = registered.warped, registered.places
     torch.manual_seed(0)
-    batch = cct_r.draw_batch(setting, numbers, places)
+    batch = cct_r.draw_batch(setting, numbers, 2, places)
     torch.manual_seed(0)
-    rest = cct_r.draw_batch(setting, numbers, places, warped)
+    rest = cct_r.draw_batch(setting, numbers, 2, places, warped)
     assert not torch.equal(*batch.views)
     assert torch.equal(*rest.views)
     assert torch.equal(batch.place.nan_to_num(0), rest.place.nan_to_num(0))
     torch.manual_seed(0)
-    pick = numbers[torch.randint(len(numbers), (o.batch // 4,)).numpy()]
+    pick = numbers[torch.randint(len(numbers), (2,)).numpy()]
     grid = common.spatial_grid(len(pick), o.size, o.rotation, setting.device)
     assert torch.equal(rest.views[0], common.warp(dataset.image(pick), grid))
     assert np.array_equal(rest.volume, dataset.volume[pick])
@@ -823,6 +823,26 @@ def test_views(setting, registered):
     assert torch.equal(batch.place[inside].nan_to_num(0), moved[inside].nan_to_num(0))
     assert batch.place[~inside].isnan().all()
     assert (~inside).any()
+    plain = cct_r.draw_batch(changed(setting, base_views=True), numbers, 2, places)
+    assert torch.equal(*plain.views)                               # the base keeps intensities
+
+
+def test_the_views_of_the_base():
+    """Quarter turns and flips move pixels onto pixels; the rest turns by 20 degrees at most."""
+    torch.manual_seed(0)
+    grid = cct_r.base_grid(400, 6, torch.device("cpu"))
+    x = torch.arange(36.).view(1, 1, 6, 6)
+    views = common.warp(x.expand(400, 1, 6, 6), grid)[:, 0]
+    whole = [torch.rot90(x[0, 0].flip(f) if f else x[0, 0], k) for f in ([], [1]) for k in range(4)]
+    shares = [sum(torch.allclose(v, w, atol=1e-3) for v in views) / 400 for w in whole]
+    assert shares[0] == pytest.approx(.25, abs=.07)                # as it is
+    assert sum(shares[1:4]) == 0                                   # never turned and not flipped
+    assert all(share == pytest.approx(.125, abs=.06) for share in shares[4:])
+    a, c = grid[:, 0, 0], grid[:, 0, -1]                           # two corners
+    angle = torch.atan2(c[:, 1] - a[:, 1], c[:, 0] - a[:, 0]).rad2deg()
+    turned = angle[(angle.abs() > .1) & ((angle / 90 - (angle / 90).round()).abs() > 1e-3)]
+    assert len(turned) / 400 == pytest.approx(.25, abs=.07)
+    assert 15 < turned.abs().max() <= 20
 
 
 def test_maps_of_both_networks(setting):
@@ -979,6 +999,10 @@ def test_what_cct_r_writes(finished):
     log = common.read_log(out)
     first = next(row for row in log if row["phase"] == "cct_r_n1_s0")
     assert {"sup", "cross", "RSL", "contrast", "REPS", "weight_cross", "weight_RSL"} <= set(first)
+    seen = {row["phase"]: row["labelled_seen"] for row in log if "labelled_seen" in row}
+    assert seen["cct_r_n1_s0"] == 24 * 2                           # steps, labelled slices a step
+    assert seen["scratch_n1_s0"] == 24 * 8
+    assert "labelled slices seen: scratch 192, each network of CCT-R 48" in printed
     steps = [row["step"] for row in log if row["phase"] == "cct_r_n1_s0" and "peek_unet" in row]
     o = json.loads((out / "options.json").read_text())
     assert steps == [*range(0, o["steps"], o["peek_every"]), o["steps"] - 1]       # and the last
@@ -1052,8 +1076,9 @@ def test_bad_options_of_cct_r(finished, phantom, tmp_path):
             started("cct_r", "--data", phantom, "--out", tmp_path / "o", *extra)
         return str(error.value)
 
-    assert "quarter" in wrong("--batch", 10)
-    assert "--batch 4" in wrong("--batch", 4)
+    assert "--labelled-batch" in wrong("--labelled-batch", 0)
+    assert "--unlabelled-batch" in wrong("--unlabelled-batch", 0)
+    assert "--base-views" in wrong("--base-views", "--scratch", work / "cct_r")
     assert "multiple of 6" in wrong("--swin-dim", 20)
     assert "--window 1" in wrong("--window", 1)
     assert "--temperature" in wrong("--temperature", 0)
@@ -1064,7 +1089,7 @@ def test_bad_options_of_cct_r(finished, phantom, tmp_path):
     assert "--peek-every" in wrong("--peek-every", 0)
     assert "--anchors 1" in wrong("--anchors", 1)
     assert "no training patient without label" in wrong("--labelled", 4)
-    done = run("cct_r", "--data", phantom, *options("cct_r"), "--batch", 10, "--out",
+    done = run("cct_r", "--data", phantom, *options("cct_r"), "--labelled-batch", 0, "--out",
                tmp_path / "o", cwd=work)
-    refused(done, "--batch 10", "quarter")
+    refused(done, "--labelled-batch")
     assert not (tmp_path / "o").exists()                           # nothing was begun
