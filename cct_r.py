@@ -94,6 +94,7 @@ OPTIONS = [
     ("size", None, 64, 224, "S, crop in pixels, divisible by 16; 96 on ACDC"),
     ("stiffness", .3, None, None, "of registration: weight of the velocity's mean square gradient"),
     ("no_brs", False, None, None, "ablation: partners in turn, not by cycle consistency"),
+    ("atlases", 1, None, None, "labelled volumes whose warped labels RSL averages (ours)"),
     ("steps", 1200, 240, 40000, "T, steps of training, also from scratch"),
     ("labelled_batch", 2, None, 2, "labelled slices a step, seen by both networks"),
     ("unlabelled_batch", 2, None, 2, "unlabelled slices a step, seen by both networks"),
@@ -138,7 +139,7 @@ def check(run):
         (o.base_views and o.scratch, "--scratch: those rows have other views than --base-views"),
         (o.swin_dim < 6 or o.swin_dim % 6,
          f"--swin-dim {o.swin_dim}: use a multiple of 6, for its three heads and two halves"),
-        (o.window < 2, f"--window {o.window}: use 2 or more"),
+        (o.window < 2 or o.atlases < 1, "--window must be 2 or more, --atlases 1 or more"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (o.block < 4 or o.block // 2 > o.size // 8,
          f"--block {o.block}: use 4 to {o.size // 4 + 1}, for a coarse map of {o.size // 8}"),
@@ -688,19 +689,21 @@ def peek_registration(run, registered, u, n):
         return {}
     pair = registered.pairs[u, n]
     still = torch.zeros_like(pair["back"])
-    kinds = {"dice_before": {"A": torch.eye(3, 4), "back": still},
-             "dice_affine": {"A": pair["A"], "back": still},
-             "dice_after": pair}
     found = {}
-    for name, kind in kinds.items():
-        label = registered.frames[n].warp_label(kind, volume)
-        found[name] = mean_dice(run, label.numpy(), truth)
+    with registered.device:
+        kinds = {"dice_before": {"A": torch.eye(3, 4), "back": still},
+                 "dice_affine": {"A": pair["A"], "back": still},
+                 "dice_after": pair}
+        for name, kind in kinds.items():
+            label = registered.frames[n].warp_label(kind, volume)
+            found[name] = mean_dice(run, label.cpu().numpy(), truth)
     return found
 
 
 # ----------------------------------------------------------------- registration: places and values
 
-# From here on everything is in mm. A volume is a stack of prepared slices with voxels of (slice,
+# New tensors are made on the default device, which `Registered` sets. From here on everything is in
+# mm. A volume is a stack of prepared slices with voxels of (slice,
 # row, column) mm, and a place is (z, y, x) in mm about the volume's centre, so that volumes of any
 # size and spacing share one kind of coordinate.
 
@@ -972,7 +975,8 @@ def on_grid(dataset, n, p):
     Returns [1, 2, Z, Y, X].
     """
     volume = Stack(dataset, n)
-    image = dataset.image(volume.numbers).mean(1)[None, None]      # [1, 1, V, S, S]
+    image = dataset.image(volume.numbers, torch.get_default_device())      # [V, C, S, S]
+    image = image.mean(1)[None, None]                              # [1, 1, V, S, S]
     half = F.avg_pool3d(image, (1, 2, 2))                          # [1, 1, V, S/2, S/2]
     thick, mm, _ = volume.step
     mask = inside(p[None], volume.shape, volume.step)              # [1, 1, Z, Y, X]
@@ -998,7 +1002,7 @@ class Frame:
     def __init__(self, run, n):
         dataset = run.dataset
         self.volume = Stack(dataset, n)
-        label = dataset.label(self.volume.numbers)                 # [V, S, S]
+        label = dataset.label(self.volume.numbers, torch.get_default_device())     # [V, S, S]
         one_hot = F.one_hot(label, len(run.classes)).float()       # [V, S, S, K]
         self.label = one_hot.movedim(-1, 0)[None]                  # [1, K, V, S, S]
         organs = self.volume.points()[label > 0]                   # [n, 3]
@@ -1033,16 +1037,20 @@ class Frame:
         outside = inside(x, box.p.shape[:3], box.step)[0, 0] == 0  # [...]
         return torch.where(outside[..., None], torch.nan, there[0])
 
-    def warp_label(self, pair, volume):
-        """This volume's label on the voxels of the other, a `Stack`: [V, S, S], background outside.
+    def warp_one_hot(self, pair, volume):
+        """This volume's label, one-hot, linearly, on the voxels of a `Stack`: [K, V, S, S].
 
         Pulled: a voxel y of the other takes the label at T_back(y), so that labels go from here to
-        there by the map from there to here. One-hot, linearly, then arg max.
+        there by the map from there to here. Outside the box all but nothing, for background.
         """
         x = self.places(pair, volume.points()).nan_to_num(1e6)     # [V, S, S, 3]
         there = sample(self.label, x[None], self.volume.step)[0]   # [K, V, S, S]
         there[0] += 1e-3                                           # where all are 0
-        return there.argmax(0)
+        return there
+
+    def warp_label(self, pair, volume):
+        """The same as a label map: [V, S, S]."""
+        return self.warp_one_hot(pair, volume).argmax(0)
 
 
 def register_batch(frame, moving, step, stiffness):
@@ -1112,7 +1120,7 @@ def register_all(run, volumes, labelled):
             made = register_batch(frames[n], images, step, o.stiffness)
             common.save_checkpoint(file, method=METHOD, options={}, pairs=made)
         for u, pair in zip(batch, common.load_checkpoint(file, METHOD)["pairs"]):
-            pairs[u, n] = pair
+            pairs[u, n] = {k: v.to(torch.get_default_device()) for k, v in pair.items()}
     return pairs, frames
 
 
@@ -1120,8 +1128,8 @@ class Registered:
     """What registration knows with the first n labelled patients.
 
     volumes, labelled: numbers of the training volumes, and of those with a label; pairs, frames: of
-    `register_all`; warped uint8 [N, S, S]: labels for slices of unlabelled volumes, else 0; places
-    float16 [N, 3, S, S]: common places of slices in mm, nan where there is none.
+    `register_all`, on `device`; warped uint8 [N, S, S]: labels for slices of unlabelled volumes,
+    else 0; places float16 [N, 3, S, S]: common places of slices in mm, nan where there is none.
     """
     def __init__(self, run, n):
         patients = run.patients(n)
@@ -1129,43 +1137,49 @@ class Registered:
         self.volumes = [v for v, p in enumerate(patient) if p in run.split["train"]]
         self.labelled = [v for p in patients for v in self.volumes
                          if patient[v] == p and run.cases[v].label]
-        self.brs = not run.o.no_brs
-        self.pairs, self.frames = register_all(run, self.volumes, self.labelled)
+        self.o = run.o
+        # on mps 3D sampling and pooling are missing
+        self.device = torch.device("cpu") if run.device.type == "mps" else run.device
         N, S = len(run.dataset.volume), run.o.size
         self.warped = torch.zeros(N, S, S, dtype=torch.uint8)
         self.places = torch.full((N, 3, S, S), torch.nan, dtype=torch.float16)
-        for u in self.volumes:
-            self.place_volume(Stack(run.dataset, u), u)
+        with self.device:                                          # new tensors are made there
+            self.pairs, self.frames = register_all(run, self.volumes, self.labelled)
+            for u in self.volumes:
+                self.place_volume(Stack(run.dataset, u), u)
 
-    def partner(self, volume):
-        """BRS: the labelled volume l* with the smallest cycle error; never the volume itself.
+    def partners(self, volume):
+        """BRS: the labelled volumes by their cycle error, l* first; never the volume itself.
 
-        With --no-brs partners are taken in turn, whatever their registration is worth.
+        With --no-brs they are taken in turn, whatever their registration is worth.
         """
         def cycle(n):
             return self.pairs[volume, n]["cycle"].item()
 
         others = [n for n in self.labelled if n != volume]
-        return min(others, key=cycle) if self.brs else others[volume % len(others)]
+        first = volume % len(others)
+        return others[first:] + others[:first] if self.o.no_brs else sorted(others, key=cycle)
 
     def place_volume(self, volume, u):
         """Fill in the warped label and the common places of volume number u, a `Stack`.
 
-        A pixel goes to its best partner l*, and from there to the frame of the first labelled
-        volume, the common one.
+        The label is that of the best partner l*, or the mean over the best --atlases. A pixel goes
+        to l*, and from there to the frame of the first labelled volume, the common one.
         """
         first = self.labelled[0]
         partner = u
         x = volume.points()                                        # [V, S, S, 3]
         if u not in self.labelled:
-            partner = self.partner(u)
-            pair = self.pairs[u, partner]
-            frame = self.frames[partner]
-            x = frame.places(pair, x)
-            self.warped[volume.numbers] = frame.warp_label(pair, volume).byte()
+            partners = self.partners(u)
+            partner = partners[0]
+            x = self.frames[partner].places(self.pairs[u, partner], x)
+            votes = 0.
+            for n in partners[:self.o.atlases]:
+                votes = votes + self.frames[n].warp_one_hot(self.pairs[u, n], volume)
+            self.warped[volume.numbers] = votes.argmax(0).byte().cpu()
         if partner != first:
             x = self.frames[first].places(self.pairs[partner, first], x.nan_to_num(1e6))
-        self.places[volume.numbers] = x.movedim(-1, 1).half()      # [V, 3, S, S]
+        self.places[volume.numbers] = x.movedim(-1, 1).half().cpu()        # [V, 3, S, S]
 
 
 # ---------------------------------------------------------------------------------- the Swin-UNet
@@ -1350,7 +1364,7 @@ def write_registrations(run, registered):
     """registration.csv, a line a pair; printed: means over all pairs, and over BRS's partners."""
     pairs = [(u, n) for u, n in registered.pairs if u != n]
     rows = [pair_row(run, registered, u, n) for u, n in pairs]
-    taken = [row for row, (u, n) in zip(rows, pairs) if registered.partner(u) == n]
+    taken = [row for row, (u, n) in zip(rows, pairs) if registered.partners(u)[0] == n]
     columns = dict.fromkeys(k for row in rows for k in row)        # not all volumes have a Dice
     table = [{k: row.get(k, "") for k in columns} for row in rows]
     common.write_csv(run.out / "registration.csv", table)
@@ -1372,32 +1386,39 @@ def draw_registration(run, registered):
 
     Fixed, moving before, after the affine map, after all, and the Jacobian, folded voxels in red.
     """
-    shape, step = registration_grid(run.dataset)
     some = evenly([u for u in registered.volumes if u not in registered.labelled], 4)
     figure, axes = common.new_figure(len(some), 5)
     for u, row in zip(some, axes):
-        n = registered.partner(u)
-        box = registered.frames[n].box
+        n = registered.partners(u)[0]
         pair = registered.pairs[u, n]
-        moving = on_grid(run.dataset, u, points(shape, step))      # [1, 2, Z, Y, X]
-        there = pair["there"][None]                                # [1, 3, z, y, x]
-        A = pair["A"][None]
-        end = displaced(box.p, resize(there, box.p.shape[:3]))     # [1, Z, Y, X, 3]
-        pictures = [
-            (box.image, f"fixed: {run.cases[n].name}"),
-            (sample(moving, box.p[None], step), f"moving: {run.cases[u].name}"),
-            (sample(moving, move(A, box.p), step), f"affine, {float(pair['affine']):.2f}"),
-            (sample(moving, move(A, end), step), f"deformed, {float(pair['after']):.2f}")]
-        middle = len(box.p) // 2
-        for axis, (picture, title) in zip(row, pictures):
-            common.show(axis, picture[0, 0, middle], title=title)
-        J = jacobian(there, box.p.shape[:3], box.step)[0]          # [Z-1, Y-1, X-1]
-        J = J[min(middle, len(J) - 1)]
-        row[4].imshow(J, cmap="gray", vmin=0, vmax=2)
-        row[4].imshow(np.ma.masked_greater(J, 0), cmap="autumn")
+        with registered.device:
+            pictures, J = registration_pictures(run, registered, u, n)
+        titles = [f"fixed: {run.cases[n].name}", f"moving: {run.cases[u].name}",
+                  f"affine, {float(pair['affine']):.2f}", f"deformed, {float(pair['after']):.2f}"]
+        for axis, picture, title in zip(row, pictures, titles):
+            common.show(axis, picture.cpu(), title=title)
+        row[4].imshow(J.cpu(), cmap="gray", vmin=0, vmax=2)
+        row[4].imshow(np.ma.masked_greater(J.cpu(), 0), cmap="autumn")
         row[4].set_title(f"Jacobian, {100 * float(pair['folded']):.2f} % folded\n"
                          f"cycle {float(pair['cycle']):.1f} mm", fontsize=8)
     common.save_figure(figure, run.out / "figures/registration.png")
+
+
+def registration_pictures(run, registered, u, n):
+    """The four pictures of the pair (u, n) and the Jacobian, on the middle slice of the box."""
+    shape, step = registration_grid(run.dataset)
+    moving = on_grid(run.dataset, u, points(shape, step))          # [1, 2, Z, Y, X]
+    pair = registered.pairs[u, n]
+    box = registered.frames[n].box
+    whole = box.p.shape[:3]
+    there = pair["there"][None]                                    # [1, 3, z, y, x]
+    A = pair["A"][None]
+    end = displaced(box.p, resize(there, whole))                   # [1, Z, Y, X, 3]
+    images = [box.image] + [sample(moving, p, step) for p in (box.p[None], move(A, box.p),
+                                                              move(A, end))]
+    J = jacobian(there, whole, box.step)[0]                        # [Z-1, Y-1, X-1]
+    middle = len(box.p) // 2
+    return [x[0, 0, middle] for x in images], J[min(middle, len(J) - 1)]
 
 
 def draw_correspondences(run, registered):

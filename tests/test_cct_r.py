@@ -744,15 +744,31 @@ def test_a_volume_is_its_own_best_match_and_its_label_comes_back(setting, regist
 def test_partners(setting, registered):
     labelled = registered.labelled
     u = next(v for v in registered.volumes if v not in labelled)
-    best = registered.pairs[u, registered.partner(u)]["cycle"]
-    assert all(best <= registered.pairs[u, n]["cycle"] for n in labelled)
-    assert registered.partner(labelled[0]) != labelled[0]
-    in_turn = copy.copy(registered)
-    in_turn.brs = False
-    assert {in_turn.partner(v) for v in registered.volumes} == set(labelled)
+    errors = [float(registered.pairs[u, n]["cycle"]) for n in registered.partners(u)]
+    assert errors == sorted(errors)
+    assert set(registered.partners(u)) == set(labelled)
+    assert labelled[0] not in registered.partners(labelled[0])
     without = cct_r.Registered(changed(setting, no_brs=True), 2)
-    assert not without.brs
+    assert {without.partners(v)[0] for v in registered.volumes} == set(labelled)
     assert not torch.equal(without.warped, registered.warped)
+
+
+def test_labels_of_several_atlases(setting, registered):
+    """The mean of the one-hot labels of the n smallest cycle errors, then arg max."""
+    several = cct_r.Registered(changed(setting, atlases=3), 2)
+    u = next(v for v in registered.volumes if v not in registered.labelled)
+    volume = Stack(setting.dataset, u)
+    three = registered.partners(u)[:3]
+    votes = [registered.frames[n].warp_one_hot(registered.pairs[u, n], volume) for n in three]
+    want = torch.stack(votes).double().mean(0).argmax(0)
+    agree = several.warped[volume.numbers] == want                 # but for ties
+    assert agree.float().mean() > .999
+    assert not torch.equal(several.warped, registered.warped)
+    best = registered.frames[three[0]].warp_label(registered.pairs[u, three[0]], volume)
+    assert torch.equal(registered.warped[volume.numbers], best.byte())
+    every = cct_r.Registered(changed(setting, atlases=99), 2)      # no more than there are: all
+    assert every.warped.max() == 3
+    assert torch.equal(several.places.nan_to_num(0), registered.places.nan_to_num(0))
 
 
 def test_places(setting, registered):
@@ -769,7 +785,7 @@ def test_places(setting, registered):
     assert registered.warped[outside].max() == 0
     assert registered.places[outside].isnan().all()
     # a place of the unlabelled volume is where its partner's frame leads, from there to the first
-    partner = registered.partner(u)
+    partner = registered.partners(u)[0]
     x = registered.frames[partner].places(registered.pairs[u, partner], Stack(dataset, u).points())
     if partner != registered.labelled[0]:
         pair = registered.pairs[partner, registered.labelled[0]]
