@@ -1421,32 +1421,49 @@ def registration_pictures(run, registered, u, n):
     return [x[0, 0, middle] for x in images], J[min(middle, len(J) - 1)]
 
 
-def draw_correspondences(run, registered):
-    """correspondences.png: what REPS takes for the same place.
+def choose_anchor(run, registered):
+    """A pixel in the middle of the largest organ of the first labelled volume.
 
-    Nine pixels of one slice, and in other volumes those nearest to them in the common frame.
+    Returns (slice number, row, column, class).
     """
-    dataset, S = run.dataset, run.o.size
-    places = registered.places.float()                             # [N, 3, S, S]
-    some = evenly(registered.volumes, 6)
-    numbers = Stack(dataset, some[0]).numbers
-    query = places[numbers[len(numbers) // 2]]                     # [3, S, S]: its middle slice
-    places = places.nan_to_num(1e6)                                # no place is far away
-    rows = [S // 2 - S // 8, S // 2, S // 2 + S // 8]
-    spots = [query[:, r, c] for r in rows for c in rows]           # [3] each
-    figure, axes = common.new_figure(1, len(some))
-    for axis, v in zip(axes[0], some):
-        numbers = Stack(dataset, v).numbers
-        # the slice with the place in the middle of the nine
-        far = (places[numbers] - spots[4][:, None, None]).norm(dim=1)      # [V, S, S] mm
-        number = numbers[int(far.amin((1, 2)).argmin())]
-        picture = dataset.image(np.array([number]))[0, 0]          # [S, S]
-        common.show(axis, picture, title=f"{run.cases[v].name}, slice {dataset.slice[number] + 1}")
-        for k, spot in enumerate(spots):
-            far = (places[number] - spot[:, None, None]).norm(dim=0)       # [S, S] mm
-            if far.min() <= run.o.radius:
-                y, x = divmod(int(far.argmin()), S)
-                axis.plot(x, y, "o", color=f"C{k}", markersize=4, mec="white", mew=.5)
+    numbers = Stack(run.dataset, registered.labelled[0]).numbers
+    label = run.dataset.label(numbers)                             # [V, S, S]
+    k = int(torch.bincount(label[label > 0]).argmax())
+    v = int((label == k).sum((1, 2)).argmax())
+    pixels = torch.nonzero(label[v] == k)                          # [n, 2]
+    far = (pixels - pixels.float().mean(0)).norm(dim=1)            # [n]
+    row, column = pixels[far.argmin()].tolist()
+    return numbers[v], row, column, k
+
+
+@torch.no_grad()
+def draw_correspondences(run, registered, net):
+    """correspondences.png, the paper's Fig. 2: positives of one anchor, by labels and by places.
+
+    Above, label-guided: every pixel that `net` gives the anchor's class, right or wrong. Below,
+    registration-guided (REPS): in each volume the one pixel nearest to the anchor's common place.
+    """
+    dataset, o = run.dataset, run.o
+    number, row, column, k = choose_anchor(run, registered)
+    spot = registered.places[number, :, row, column].float()       # [3] mm
+    some = evenly([u for u in registered.volumes if u not in registered.labelled], 5)
+    figure, axes = common.new_figure(2, 1 + len(some))
+    kinds = (f"label-guided: {run.classes[k]}", "registration-guided")
+    for axis, kind in zip(axes[:, 0], kinds):
+        common.show(axis, dataset.image(np.array([number]))[0, 0], title=f"anchor, {kind}")
+        axis.plot(column, row, "o", color="C3", markersize=5, mec="white", mew=.5)
+    for u, (above, below) in zip(some, axes[:, 1:].T):
+        numbers = Stack(dataset, u).numbers
+        places = registered.places[numbers].float()                # [V, 3, S, S]
+        far = (places.nan_to_num(1e6) - spot[:, None, None]).norm(dim=1)   # [V, S, S] mm
+        v, y, x = np.unravel_index(int(far.argmin()), far.shape)
+        image = dataset.image(numbers[[v]], run.device)            # [1, C, S, S]
+        mine = net(image).argmax(1)[0].cpu() == k                  # [S, S]
+        picture = image[0, 0].cpu()
+        common.show(above, picture, k * mine, len(run.classes), run.cases[u].name)
+        common.show(below, picture, title=f"slice {v + 1}, {far.min():.1f} mm")
+        if far.min() <= o.radius:
+            below.plot(x, y, "o", color="C3", markersize=5, mec="white", mew=.5)
     common.save_figure(figure, run.out / "figures/correspondences.png")
 
 
@@ -1496,10 +1513,11 @@ def main(arguments=None):
         else:
             students = train(run, row, registered[row.labelled])
             run.score(row, students.unet, Swin=students.swin)
-    common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", row_name(o)))
+    nets = run.first_nets(common.build_unet, "scratch", row_name(o))
+    common.draw_overlays(run, nets)
     few = registered[min(o.labelled)]                              # the fewest labels show the most
     draw_registration(run, few)
-    draw_correspondences(run, few)
+    draw_correspondences(run, few, list(nets.values())[-1])
     if not o.no_peek:
         draw_pseudo_labels(run)
     run.report("registration.png", LOOK)

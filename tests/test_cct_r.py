@@ -795,21 +795,40 @@ def test_places(setting, registered):
     assert found.isfinite().any()
 
 
-def test_dots_lie_on_the_pixels_that_have_a_place(setting, registered, monkeypatch):
-    """In the slice that asks: a dot on each of the nine pixels with a common place, no other."""
+def test_correspondences_are_the_nearest_places(setting, registered, monkeypatch):
+    """Fig. 2: a dot on the pixel nearest to the anchor's place; above, all of the anchor's class."""
     figures = []
     monkeypatch.setattr(common, "save_figure", lambda figure, path: figures.append(figure))
-    numbers = Stack(setting.dataset, registered.volumes[0]).numbers
-    number = numbers[len(numbers) // 2]
+    torch.manual_seed(0)
+    net = setting.unet().eval()
+    dataset = setting.dataset
+    number, row, column, k = cct_r.choose_anchor(setting, registered)
+    assert dataset.volume[number] == registered.labelled[0]
+    assert dataset.label(np.array([number]))[0, row, column] == k
+    unlabelled = [u for u in registered.volumes if u not in registered.labelled]
     some = copy.copy(registered)
     some.places = registered.places.clone()
-    some.places[number, :, 12, 12] = torch.nan                     # the first of the nine; S = 32
-    cct_r.draw_correspondences(setting, some)
-    dots = [tuple(int(v[0]) for v in line.get_data()) for line in figures[0].axes[0].lines]
-    nine = [(x, y) for y in (12, 16, 20) for x in (12, 16, 20)]
-    want = [(x, y) for x, y in nine if some.places[number, :, y, x].isfinite().all()]
-    assert dots == want
-    assert 0 < len(want) < 9
+    gone = Stack(dataset, unlabelled[0]).numbers
+    some.places[gone] = torch.nan                                  # has no place: no dot
+    cct_r.draw_correspondences(setting, some, net)
+    spot = some.places[number, :, row, column].float()
+    above, below = np.reshape(figures[0].axes, (2, -1))
+    assert below[0].lines[0].get_xdata()[0] == column
+    assert below[0].lines[0].get_ydata()[0] == row
+    assert not below[1].lines
+    for u, up, down in zip(unlabelled[1:], above[2:], below[2:]):
+        best = (math.inf,)
+        for n in Stack(dataset, u).numbers:
+            for y, x in np.ndindex(32, 32):
+                far = float((some.places[n, :, y, x].float() - spot).norm())
+                if far < best[0]:
+                    best = (far, y, x, n)
+        far, y, x, n = best
+        dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in down.lines]
+        assert dots == ([(x, y)] if far <= setting.o.radius else [])
+        label = net(dataset.image(np.array([n]))).argmax(1)[0] == k
+        shaded = ~np.ma.getmaskarray(up.images[1].get_array())
+        assert np.array_equal(shaded, label.numpy())
 
 
 # --------------------------------------------------------------------------------------- training
