@@ -24,36 +24,42 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     of it background, it does not rank registrations (results/cct_r.md).
  3. RSL: labels warped by the best registration [paper]; one-hot, linearly, then arg max; for both
     networks 0.5 (cross-entropy + Dice), weight omega_0 exp(-5 (t/T)^2), omega_0 = 1 [ours].
+    `--atlases 3` averages the one-hot labels of the three smallest cycle errors [ours].
  4. REPS: positives from registration, from a memory bank; for an anchor "the anatomically-closest
     point in each 3D volume" [paper, Fig. 2]. Ours: common place, through the best partner to the
-    frame of the first labelled volume; the 4 nearest features of all other volumes together, which
-    may be of one volume, within 8 mm; a term of its own beside the contrast, in which every other
-    place is a negative: it repels what the contrast attracts.
+    frame of the first labelled volume; from every other volume that the bank has the one feature
+    whose place is nearest, if within 8 mm; these join the positives of the balanced contrast of no.
+    6, whose group are here the anchors themselves, half of them organ, of one network. The bank is
+    never a negative. So REPS is a group more and what joins it; `--radius .001` leaves the group.
  5. Cross teaching: Dice with the other's arg max, 0.1 exp(-5 (1 - t/T_r)^2), T_r = 3/4 of the steps
-    [base]. Here and in all losses: Dice of the foreground, linear denominators [ours]; [base]: all
-    classes, squared ones.
- 6. Local contrast with class-balanced denominators at two levels, in blocks, both networks and all
-    images together, labelled slices alone for the first 7.5 % of the steps [base]. Blocks of 12 x
-    12 pixels of which every second row and column counts, 6 random ones a step, one place in all
-    images; projectors of one layer [ours]; [base]: 19 x 19, all, of different places; two layers,
-    the last shared. At the coarse level 4 blocks of 6 x 6 cells of 8 x 8 pixels, the class of a
-    cell is that of its middle [ours]. We do not copy the base's defects: features and labels in
-    different orders, a row of blocks too few, the U-Net left in eval mode.
+    [base]. In all losses of the two networks Dice of all classes, squared denominators [base]; in
+    the baseline that of the other scripts: foreground, linear [ours].
+ 6. Local contrast with class-balanced denominators at two levels, both networks, labelled slices
+    alone for the first 7.5 % of the steps [base]. A group is a block of every image and network,
+    each of its own place; projectors of two layers, 128 wide, the last shared [base]; by level
+    [ours]. Blocks of 12 x 12 pixels of which every second row and column counts, 6 random groups a
+    step [ours]; [base]: 19 x 19 of 224, all. At the coarse level 4 groups of blocks of 6 x 6 cells
+    of 8 x 8 pixels, the class of a cell is that of its middle [ours]. We do not copy the base's
+    defects: features and labels in different orders, a row of blocks too few, the U-Net left in
+    eval mode.
  7. Labelled and unlabelled slices have forward passes of their own [ours]; [base]: one batch. See
-    pix2rep.py, no. 12.
+    pix2rep.py, no. 12. So the U-Net's running statistics, by which it is scored, are a mean over
+    both, labelled slices with changed intensities and unlabelled ones as they are.
  8. Each network sees a labelled slice with intensities of its own; unlabelled ones keep theirs, for
     there the networks' answers are labels, and those of slices as they are were better [ours].
+    `--base-views`: flips and rotations alone, also in the baseline [base].
  9. U-Net 16 to 256 channels, the result; Swin-UNet with patches of 4 x 4 [base]; three stages of 48
     to 192 channels, window 6, a 3 x 3 convolution in every block, from scratch [ours]; [base]:
     Swin-T, four stages from 96 channels, window 7, ImageNet weights, which we do not have.
 10. AdamW, weight decay 5e-4, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; weight decay 1e-4,
-    1200 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline has the same steps with 8 labelled
-    slices, as many as the two networks see together, and is that of the other scripts. The U-Net of
-    CCT-R sees 2 of them a step and is far from done after 1200; `--steps 4800` helps both.
+    1200 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline is that of the other scripts, with 8
+    labelled slices a step. **Compare at equal labelled slices seen, too**: `--labelled-batch` and
+    `--batch` set them, and the log and the last line of a run have how many there were. With all
+    four parts off the row is the baseline itself, to the digit.
 11. Warped labels are used for unlabelled training volumes only. The true labels of these are read
     in one place, for Fig. 4 and to judge the registration (`--no-peek` forbids it). Test patients
-    choose nothing; the last checkpoint is scored [ours]. With one case [base] uses 23 slices of
-    patient 099, we all 32. The paper's second set, an abdominal one (Synapse), was not run.
+    choose nothing; the last checkpoint is scored [ours]. "One case" is 23 slices of patient 099 in
+    [base], all 32 here.
 
 Letters: B slices drawn at once (2B: those of both networks), C
 channels, K classes, S network size, V slices of a volume, Z, Y, X and z, y, x voxels of a box and
@@ -88,9 +94,8 @@ OPTIONS = [
     ("seeds", [0, 1, 2], [0], None, "seeds of training"),
     ("width", 16, None, None, "channels of the first U-Net level (base: 16)"),
     ("swin_dim", 48, None, 96, "channels of the Swin-UNet's first stage, divisible by 6"),
-    ("window", 6, 4, 7, "tokens along a window's side; best a divisor of size / 16"),
-    ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (base: whole slices made 224 pixels "
-     "wide, which is 1.5 there)"),
+    ("window", None, None, 7, "tokens along a window's side; 4 or more that divide size / 16"),
+    ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (base: slices resized)"),
     ("size", None, 64, 224, "S, crop in pixels, divisible by 16; 96 on ACDC"),
     ("stiffness", .3, None, None, "of registration: weight of the velocity's mean square gradient"),
     ("no_brs", False, None, None, "ablation: partners in turn, not by cycle consistency"),
@@ -104,7 +109,7 @@ OPTIONS = [
     ("pretrained_lr", 1e-3, None, None, "of a U-Net that starts from --init (ours)"),
     ("weight_decay", 1e-4, None, 5e-4, "of the two networks; from scratch 1e-4"),
     ("rotation", .5, None, None, "largest rotation in rad"),
-    ("base_views", False, None, None, "flips and rotations alone as the base has, also from scratch"),
+    ("base_views", False, None, None, "flips and rotations alone [base], also from scratch"),
     ("no_cross_teaching", False, None, None, "ablation"),
     ("no_contrast", False, None, None, "ablation"),
     ("no_rsl", False, None, None, "ablation: no warped labels"),
@@ -116,15 +121,15 @@ OPTIONS = [
     ("temperature", .1, None, None, "tau (base: 0.1)"),
     ("projection", 128, None, 128, "d, width of the projectors; 2d in between"),
     ("block", 12, None, 19, "side in pixels of a local block (base: 19 of 224)"),
-    ("groups", 6, None, 144, "blocks of the full map a step (base: all)"),
+    ("groups", 6, None, 144, "groups of blocks of the fine map a step (base: all)"),
     ("bank", 128, None, None, "M, features of a volume in a memory bank"),
     ("anchors", 256, None, None, "anchors of REPS a step and network, half of them organ"),
     ("radius", 8., None, None, "mm, how near a positive's place must be"),
     ("no_peek", False, None, None, "never read labels of unlabelled volumes, not even for Fig. 4"),
     ("peek_every", 100, 20, None, "steps between points of Fig. 4"),
 ]
-PAPER_ALSO = ("ImageNet weights and a fourth stage in the Swin-UNet, and poly decay for cosine; its "
-              "views are --base-views")
+PAPER_ALSO = ("ImageNet weights and a fourth stage in the Swin-UNet, poly decay, and whole slices "
+              "resized to 224 pixels, for which 1.5 mm stands (ACDC's median); see --base-views")
 
 
 def check(run):
@@ -133,13 +138,17 @@ def check(run):
     most = len(run.split["train"])
     if "labelled" not in o.given:                                  # not typed: fewer, no refusal
         o.labelled = [n for n in o.labelled if n < most] or [1]
+    if o.window is None:                                           # 6 on ACDC, 4 on the phantom
+        side = o.size // 16                                        # of the deepest map
+        o.window = next((w for w in range(4, side) if side % w == 0), side)
     common.refuse([
         (min(o.labelled_batch, o.unlabelled_batch) < 1,
          "--labelled-batch and --unlabelled-batch must be 1 or more"),
         (o.base_views and o.scratch, "--scratch: those rows have other views than --base-views"),
         (o.swin_dim < 6 or o.swin_dim % 6,
          f"--swin-dim {o.swin_dim}: use a multiple of 6, for its three heads and two halves"),
-        (o.window < 2 or o.atlases < 1, "--window must be 2 or more, --atlases 1 or more"),
+        (o.window < 2, f"--window {o.window}: use 2 or more"),
+        (o.atlases < 1, f"--atlases {o.atlases}: use 1 or more"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (o.block < 4 or o.block // 2 > o.size // 8,
          f"--block {o.block}: use 4 to {o.size // 4 + 1}, for a coarse map of {o.size // 8}"),
@@ -255,7 +264,7 @@ def balanced_contrastive_loss(z, y, temperature):
 def reps_loss(z, y, r, near, temperature):
     """REPS: what registration takes for an anchor's place in other volumes joins its positives.
 
-        L_i = - 1/(|P(i)| + |R(i)|) sum_{p in P(i) u R(i)} [ z_i.z_p/tau - log D_i ]            (REPS)
+        L_i = - 1/(|P(i)| + |R(i)|) sum_{p in P(i) u R(i)} [ z_i.z_p/tau - log D_i ]    (REPS)
         D_i = sum_{a != i in the group} exp(z_i.z_a/tau) / w_ia
               + 1/|R(i)| sum_{r in R(i)} exp(z_i.z_r/tau)
 
@@ -458,10 +467,13 @@ def draw_batch(run, numbers, n, places, warped=None):
     # outside the image grid_sample gives 0, which is a place
     outside = (grid.abs() > 1).any(-1, keepdim=True)               # [B, S, S, 1]
     place = place.movedim(1, -1).masked_fill(outside, torch.nan)   # [B, S, S, 3]
-    label = dataset.label(pick, run.device) if warped is None else warped[pick].to(run.device).long()
     views = [x, x]                                                 # see no. 8
-    if warped is None and not o.base_views:
-        views = [photometric(x), photometric(x)]
+    if warped is not None:
+        label = warped[pick].to(run.device).long()                 # [B, S, S]
+    else:
+        label = dataset.label(pick, run.device)
+        if not o.base_views:
+            views = [photometric(x), photometric(x)]
     views = [common.channels_last(v) for v in views]
     volume = torch.from_numpy(dataset.volume[pick]).to(run.device)
     return Batch(views, warp(label, grid, "nearest"), place, volume)
@@ -524,17 +536,18 @@ def draw_anchors(known, organ, n):
 def reps_terms(o, banks, pixels):
     """REPS of both networks at anchors that have a common place; fills the banks. A scalar."""
     L = 0.
-    for bank, *own in zip(banks, *pixels[1:]):
-        z, y, place, volume = own                                  # [B, d, S/2, S/2], the rest:
-        y, place = y[:, ::2, ::2], place[:, ::2, ::2]              # [B, S/2, S/2 (, 3)], [B]
+    for net, bank in enumerate(banks):
+        y = pixels.classes[net][:, ::2, ::2]                       # [B, S/2, S/2]
+        place = pixels.places[net][:, ::2, ::2]                    # [B, S/2, S/2, 3]
         known = place.isfinite().all(-1)                           # [B, S/2, S/2]
         b, row, column = draw_anchors(known, y > 0, o.anchors).T   # [n] each
         if len(b):
-            z = F.normalize(z[b, :, row, column].float(), dim=1)   # [n, d]
+            z = pixels.fine[net][b, :, row, column]                # [n, d]
             place = place[b, row, column]                          # [n, 3]
-            r, near = bank.nearest(place, volume[b], o.radius)
+            volume = pixels.volumes[net][b]                        # [n]
+            r, near = bank.nearest(place, volume, o.radius)
             L = L + reps_loss(z, y[b, row, column], r, near, o.temperature)
-            bank.push(z.detach(), place, volume[b])
+            bank.push(F.normalize(z.detach().float(), dim=1), place, volume)
     return L
 
 
@@ -1012,7 +1025,7 @@ class Frame:
                             "leave this case out")
         lo, hi = organs.amin(0), organs.amax(0)
         self.centre = (lo + hi) / 2
-        size = ((hi - lo) * 1.4).tolist()
+        size = ((hi - lo) * 1.4).cpu().tolist()
 
         def box(step):
             counts = [max(4, math.ceil(s / mm)) for s, mm in zip(size, step)]

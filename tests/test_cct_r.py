@@ -248,6 +248,15 @@ def test_no_token_sees_across_the_border_and_shifted_windows_join():
     assert last_changed(plain, shifted) == [8, 8]
 
 
+@pytest.mark.parametrize("size, window", [(32, 2), (64, 4), (96, 6), (128, 4), (224, 7)])
+def test_the_default_window_divides_every_map(phantom, size, window):
+    words = ["--data", str(phantom), "--size", str(size), "--spacing", "5", "--block", "8"]
+    run_ = common.Run(common.parse_options("cct_r", "", cct_r.OPTIONS, words))
+    cct_r.check(run_)
+    assert run_.o.window == window
+    assert size // 16 % window == 0
+
+
 def test_relative_position_bias():
     """The bias of a pair of tokens depends on their offset alone: [dy, dx] and nothing else."""
     index = cct_r.WindowAttention(6, 3, 2).index
@@ -796,7 +805,7 @@ def test_places(setting, registered):
 
 
 def test_correspondences_are_the_nearest_places(setting, registered, monkeypatch):
-    """Fig. 2: a dot on the pixel nearest to the anchor's place; above, all of the anchor's class."""
+    """Fig. 2: a dot on the pixel nearest to the anchor's place; above, all of its class."""
     figures = []
     monkeypatch.setattr(common, "save_figure", lambda figure, path: figures.append(figure))
     torch.manual_seed(0)
@@ -1001,6 +1010,27 @@ def test_labels_of_unlabelled_volumes_are_not_read(setting, monkeypatch, tmp_pat
     assert not set(asked) <= set(own)                              # so the count can fail
 
 
+def test_only_training_volumes_get_into_the_banks_and_pseudo_labels(setting, registered, tmp_path,
+                                                                   monkeypatch):
+    """No validation or test patient: not in a bank, a warped label, a pair or a frame."""
+    found = set()
+    push = MemoryBank.push
+
+    def noted(self, z, place, volume):
+        found.update(volume.tolist())
+        push(self, z, place, volume)
+
+    monkeypatch.setattr(MemoryBank, "push", noted)
+    trained(changed(setting, tmp_path, no_peek=True), registered)
+    patient = [case.patient for case in setting.cases]
+    training = {v for v, p in enumerate(patient) if p in setting.split["train"]}
+    assert len(training) < len(patient)
+    assert len(found) > len(registered.labelled)
+    assert found <= training
+    assert set(registered.frames) <= training
+    assert {v for pair in registered.pairs for v in pair} <= training
+
+
 def test_peek_by_hand(setting, registered):
     """Perfect and empty pseudo-labels, on unlabelled slices; the networks stay in training mode."""
     dataset = setting.dataset
@@ -1048,7 +1078,7 @@ def test_what_cct_r_writes(finished):
 def test_the_checkpoint_holds_both_networks(finished):
     out, _, _ = finished("cct_r")
     content = common.load_checkpoint(out / "cct_r_n1_s0.pt", "cct_r")
-    net = SwinUNet(1, 4, 12, 4)
+    net = SwinUNet(1, 4, 12, 2)
     net.load_state_dict(content["Swin"])
     assert set(content["rows"]) == {"", "Swin"}
     assert common.build_unet(content)(torch.rand(1, 1, 32, 32)).shape == (1, 4, 32, 32)
@@ -1116,6 +1146,7 @@ def test_bad_options_of_cct_r(finished, phantom, tmp_path):
     assert "--base-views" in wrong("--base-views", "--scratch", work / "cct_r")
     assert "multiple of 6" in wrong("--swin-dim", 20)
     assert "--window 1" in wrong("--window", 1)
+    assert "--atlases 0" in wrong("--atlases", 0)
     assert "--temperature" in wrong("--temperature", 0)
     assert "--block 99" in wrong("--block", 99)
     assert "--bank" in wrong("--bank", 0)
