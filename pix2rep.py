@@ -674,19 +674,23 @@ def main(arguments=None):
         return common.predict_files(o, build)
     run = common.Run(o)
     check(run)
-    run.begin()
-    start = run.pretrained() or pretrain(run)
     methods = ["scratch", "random-probe", "probe", "pix2rep"]
     if o.mean_teacher:
         methods += ["scratch-mt", "pix2rep-mt"]
-    for row in run.rows(*methods):
+    rows = run.choose(*methods)
+    run.begin()
+    wanted = any(method in rows for method in PRETRAINED)
+    start = run.pretrained() or (pretrain(run) if wanted else None)
+    for row in run.rows():
         train = linear_probe if row.method.endswith("probe") else finetune
         net = train(run, row, start if row.method in PRETRAINED else None)
         run.score(row, net)
     common.draw_overlays(run, run.first_nets(build, "scratch", "probe", "pix2rep"))
+    if not start:
+        return run.report("overlays.png", common.LOOK_ROWS)
     draw_similarity(run, start)
     draw_embeddings(run, start)
-    if len(set(o.labelled)) > 1:
+    if len(o.labelled) > 1 and {"scratch", METHOD} <= {r["method"] for r in run.runs}:
         draw_annotation_saved(run)
     run.report("embeddings.png", LOOK)
 
