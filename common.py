@@ -790,6 +790,7 @@ class Run:
         self.runs = []                                             # rows of metrics.json
         self.volume_rows = []                                      # rows of per_volume.csv
         self.seconds = 0.                                          # of the last training loop
+        self.parent = os.getppid()                                 # the process that started this
 
     def check(self):
         """Fit the default --labelled to the data; refuse what is impossible. Raises DataError."""
@@ -902,7 +903,7 @@ class Run:
                 begun -= state["seconds"]                          # of the runs before
         for step in trange(first, total, initial=first, total=total, desc=phase, disable=None):
             yield step
-            if self.o.claims and os.getppid() == 1:                # the parent was killed
+            if self.o.claims and os.getppid() != self.parent:      # a worker's parent was killed
                 sys.exit(1)
             if (step + 1) % self.o.save_every == 0 or step == total - 1:
                 save_checkpoint(path, method=self.o.method, options=self.kept(), phase=phase,

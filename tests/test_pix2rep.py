@@ -738,7 +738,6 @@ def test_build_gives_back_the_network(method, begun):
     (["--size", 48, "--depth", 5], "--size 48: use a multiple of 32"),
     (["--depth", 0], "--depth 0"),
     (["--loss", "simclr"], "--loss simclr: use infonce or barlow"),
-    (["--pixels", 4], "--pixels 4: .* 8 or more"),
     (["--temperature", 0], "--temperature 0.0"),
     (["--crop", .9, .3], "--crop 0.9 0.3"),
     (["--crop", .9], "--crop 0.9: "),
