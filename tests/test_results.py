@@ -136,8 +136,10 @@ def test_commands_of_the_runs(copy):
     page = copy / "results/new.md"
     page.write_text("<!-- commands: demo_sal -->\n<!-- end -->\n")
     assert make(copy).returncode == 0
-    parts = (copy / "results/runs/demo_sal/run.txt").read_text().strip().split("; ")
-    assert page.read_text().splitlines()[1] == f"- `{parts[1]}` ({parts[0]}; {parts[2]}; {parts[3]})"
+    run = (copy / "results/runs/demo_sal/run.txt").read_text().strip()
+    commit, command, machine, minutes = run.split("; ")
+    line = page.read_text().splitlines()[1]
+    assert line == f"- `{command}` ({commit}; {machine}; {minutes})"
 
 
 def test_own_runs_as_table_and_curve(finished, tmp_path):
