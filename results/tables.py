@@ -283,7 +283,8 @@ def main(words):
         return
     for page in pages():
         page.write_text(rewritten(page))
-    draw_length(HERE / "figures/length.png")
+    if dice_by_steps("scratch"):
+        draw_length(HERE / "figures/length.png")
 
 
 if __name__ == "__main__":
