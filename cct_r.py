@@ -54,7 +54,7 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
 10. AdamW, weight decay 5e-4, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; weight decay 1e-4,
     1200 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline is that of the other scripts, with 8
     labelled slices a step. **Compare at equal labelled slices seen, too**: `--labelled-batch` and
-    `--batch` set them, and the log and the last line of a run have how many there were. With all
+    `--batch` set them, and the log and a line before the table have how many there were. With all
     four parts off the row is the baseline itself, to the digit.
 11. Warped labels are used for unlabelled training volumes only. The true labels of these are read
     in one place, for Fig. 4 and to judge the registration (`--no-peek` forbids it). Test patients
@@ -1373,6 +1373,16 @@ def pair_row(run, registered, u, n):
     return row
 
 
+def registrations(run):
+    """{n: what registration knows with the first n labelled patients}, computed or read."""
+    begun = time.time()
+    registered = {n: Registered(run, n) for n in sorted(run.o.labelled)}
+    if not run.o.claims:                                           # a worker's parent has done this
+        run.log("registration", seconds=time.time() - begun)
+        write_registrations(run, registered[max(run.o.labelled)])
+    return registered
+
+
 def write_registrations(run, registered):
     """registration.csv, a line a pair; printed: means over all pairs, and over BRS's partners."""
     pairs = [(u, n) for u, n in registered.pairs if u != n]
@@ -1515,12 +1525,12 @@ def main(arguments=None):
         return common.predict_files(o)
     run = common.Run(o)
     check(run)
+    rows = run.choose("scratch", row_name(o))
     run.begin()
-    begun = time.time()
-    registered = {n: Registered(run, n) for n in sorted(o.labelled)}
-    run.log("registration", seconds=time.time() - begun)
-    write_registrations(run, registered[max(o.labelled)])
-    for row in run.rows("scratch", row_name(o)):
+    registered = {}
+    if row_name(o) in rows and not nothing_on(o):
+        registered = registrations(run)
+    for row in run.rows():
         if row.method == "scratch" or nothing_on(o):
             run.score(row, finetune(run, row))
         else:
@@ -1528,14 +1538,16 @@ def main(arguments=None):
             run.score(row, students.unet, Swin=students.swin)
     nets = run.first_nets(common.build_unet, "scratch", row_name(o))
     common.draw_overlays(run, nets)
+    if not registered:
+        return run.report("overlays.png", common.LOOK_ROWS)
+    print(f"labelled slices seen: scratch {o.steps * o.batch}, each network of CCT-R "
+          f"{o.steps * o.labelled_batch}")
     few = registered[min(o.labelled)]                              # the fewest labels show the most
     draw_registration(run, few)
     draw_correspondences(run, few, list(nets.values())[-1])
     if not o.no_peek:
         draw_pseudo_labels(run)
     run.report("registration.png", LOOK)
-    print(f"labelled slices seen: scratch {o.steps * o.batch}, each network of CCT-R "
-          f"{o.steps * o.labelled_batch}")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ Paper, code, and what we chose. [paper]: MIDL 2024; [v2]: Pix2Rep-v2, arXiv 2609
 published code, which has the contrastive loss only and does not run as it stands; [ours]: silent
 there, or changed by us. What came out: results/pix2rep.md.
  1. Symmetric InfoNCE (the names of the equations are ours) over the 2n vectors of n pixels sampled
-    from the whole batch, without replacement, n = 1000, tau = 0.53 [code]; tau = 0.1, n / B pixels
-    from every image, with replacement, so that about 7 of 1000 occur twice and repel themselves
-    [ours].
+    from the whole batch, without replacement, n = 1000, tau = 0.53 [code]; tau = 0.1 [ours].
  2. Barlow Twins over all valid pixels of the batch, lambda = 5e-3, d = 256 [v2]; d = 64 [ours].
  3. The ground-truth trap: the published code crops every volume with the box of its ground-truth
     mask, at test time too, and pre-trains without the slices whose mask is empty: both leak the
@@ -31,8 +29,8 @@ there, or changed by us. What came out: results/pix2rep.md.
     flips [code]; crop 0.7 to 1 [ours]. One grid moves the image and the features.
  6. phi comes after the projector g, and each view has a forward pass of its own [code]. g and our
     widening layer see single pixels, so phi comes before them, on the narrow map of the U-Net: the
-    same up to interpolation and batch statistics, and a fraction of the cost. The two views share a
-    forward pass and its batch statistics [ours].
+    same up to interpolation and batch statistics, and a fraction of the cost [ours]. Each view has
+    a pass and batch statistics of its own here too (`--one-pass`: one for both).
  7. t, t': noise, blur, gamma, bias field, inversion [code]; `common.photometric`, which all our
     methods use, without inversion (`--inversion`; it slowed learning down) [ours].
  8. U-Net of width 64 with 5 poolings; a double convolution makes its map of D = 1024 channels
@@ -54,8 +52,8 @@ there, or changed by us. What came out: results/pix2rep.md.
     do so where 5 divides n, and else take the split's order, as our other methods do [ours].
 14. The best checkpoint on validation patients is scored [code]; we score the last. One pre-training
     serves all seeds, so the spread over seeds is that of fine-tuning [ours].
-15. Fig. 2 has several chosen queries on test images [paper]; ours has the middle pixel, on
-    validation patients. Fig. 4 is coloured by PCA instead of t-SNE [ours].
+15. Fig. 2 has several chosen queries on test images [paper]; ours the middle pixel of each class.
+    Fig. 4 reduces the vectors to a plane by t-SNE [paper]; ours by PCA.
 
 Letters: B slices in a batch, n sampled pixels, P valid pixels, C channels of an image, D of the
 output map, W of the trunk's, d of the projector, S network size, V slices in a figure, U unlabelled
@@ -96,6 +94,7 @@ OPTIONS = [
     ("lam", 5e-3, None, None, "lambda of Barlow Twins (v2: 5e-3)"),
     ("pretrain_rotation", math.pi / 2, None, math.pi / 2, "largest rotation of phi in rad"),
     ("crop", [.7, 1.], None, [.33, .95], "sides of phi's crop, smallest and largest, of 1"),
+    ("one_pass", False, None, None, "ablation: both views share a pass and its batch statistics"),
     ("inversion", 0., None, .35, "probability that t inverts intensities"),
     ("probe_steps", 300, 120, None, "steps of the 1x1 head (code: 200 epochs)"),
     ("probe_lr", 3e-2, None, 7.6e-3, "of the head on a frozen backbone, AdamW, cosine to 0"),
@@ -135,8 +134,7 @@ def check(run):
          "--projection must be 1 or more"),
         (o.mean_teacher and o.batch < 2,
          f"--batch {o.batch}: --mean-teacher needs 2 or more, half of them unlabelled"),
-        (o.pixels < 2 * o.pretrain_batch,
-         f"--pixels {o.pixels}: use at least two an image, {2 * o.pretrain_batch} or more"),
+        (o.pixels < 2, f"--pixels {o.pixels}: use 2 or more"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (len(o.crop) != 2 or not 0 < o.crop[0] <= o.crop[-1] <= 1,
          f"--crop {' '.join(map(str, o.crop))}: use the smallest and largest side, in (0, 1]"),
@@ -293,9 +291,9 @@ def random_intensity(x, inversion):
 
 
 def view_batch(run):
-    """The two views of B random slices, with phi: (views, grid, valid).
+    """The two views of B random slices, with phi: (t(x), phi(t'(x)), grid, valid).
 
-    views [2B, C, S, S]: t(x), then phi(t'(x)); grid [B, S, S, 2]; valid [B, S, S].
+    Views [B, C, S, S]; grid [B, S, S, 2]; valid [B, S, S].
     """
     o = run.o
     pick = common.random_slices(run.train, o.pretrain_batch)
@@ -303,30 +301,33 @@ def view_batch(run):
     grid, valid = random_affine(len(x), o.size, o.pretrain_rotation, o.crop, run.device)
     t_x = random_intensity(x, o.inversion)
     phi_t_x = warp(random_intensity(x, o.inversion), grid)
-    views = torch.cat([t_x, phi_t_x])                              # [2B, C, S, S]
-    return common.channels_last(views), grid, valid
+    return common.channels_last(t_x), common.channels_last(phi_t_x), grid, valid
 
 
 def pixel_pairs(f_a, f_b, grid, valid, n=None):
-    """The vectors (phi(f_a), f_b) of the same n valid pixels, n / B random ones of every image.
+    """The vectors (phi(f_a), f_b) of the same n valid pixels of the batch, none of them twice.
 
     f_a, f_b: maps [B, W, S, S] of the trunk, W = --width; f_a is moved by the very grid that moved
-    the image. Returns two [n, W]; without n all valid pixels, two [P, W].
+    the image. Returns two [n, W]; without n, or if there are fewer, of all valid pixels, [P, W].
     """
+    moved = warp(f_a, grid)                                        # phi(f_a), [B, W, S, S]
+    a = moved.movedim(1, -1)[valid]                                # [P, W]
+    b = f_b.movedim(1, -1)[valid]
     if n is None:
-        moved = warp(f_a, grid).movedim(1, -1)                     # [B, S, S, W]
-        return moved[valid], f_b.movedim(1, -1)[valid]             # [P, W] each
-    B, W = f_a.shape[:2]
-    weights = valid.flatten(1).float().cpu()                       # [B, S S]
-    place = torch.multinomial(weights, n // B, replacement=True)   # [B, n/B]
-    place = place.to(f_a.device)
-    # phi(f_a), computed only where it is needed: f_a at the pre-images of these pixels
-    twice = place[..., None].expand(-1, -1, 2)                     # [B, n/B, 2]
-    there = grid.flatten(1, 2).gather(1, twice)                    # [B, n/B, 2]
-    a = warp(f_a, there[:, :, None])[..., 0]                       # [B, W, n/B]
-    every = place[:, None].expand(-1, W, -1)                       # [B, W, n/B]
-    b = f_b.flatten(2).gather(2, every)                            # [B, W, n/B]
-    return a.movedim(1, -1).flatten(0, 1), b.movedim(1, -1).flatten(0, 1)  # [n, W] each
+        return a, b
+    some = torch.randperm(len(a))[:n].to(a.device)                 # [n], without replacement [code]
+    return a[some], b[some]
+
+
+def two_maps(f, t_x, phi_t_x, one_pass):
+    """The trunk's maps of both views, float32 [B, W, S, S] each: a pass for each view.
+
+    one_pass: one for both, which then share their batch statistics (an ablation).
+    """
+    if one_pass:
+        both = torch.cat([t_x, phi_t_x])                           # [2B, C, S, S]
+        return f.trunk(common.channels_last(both)).float().chunk(2)
+    return f.trunk(t_x).float(), f.trunk(phi_t_x).float()
 
 
 def pretrain(run):
@@ -343,13 +344,15 @@ def pretrain(run):
     for step in run.steps("pretrain", T, (f, g), optimiser):
         warm_up = min(1, (step + 1) / (.05 * T))                   # 5 % of the steps [v2]
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * warm_up * cosine(step, T)
-        views, grid, valid = view_batch(run)                       # [2B, C, S, S] and phi
+        t_x, phi_t_x, grid, valid = view_batch(run)                # [B, C, S, S] each, and phi
         # Z = g(phi(f(t(x)))), Z' = g(f(phi(t'(x))))    (the code: phi(g(f(t(x)))), see no. 6)
         with run.autocast():
-            map_a, map_b = f.trunk(views).float().chunk(2)         # [B, W, S, S] each
-            pairs = pixel_pairs(map_a, map_b, grid, valid, n)      # [n, W] each; Barlow: n = P
-            vectors = f.widen(torch.cat(pairs))                    # [2n, D]
-            z_a, z_b = g(vectors).chunk(2)                         # [n, d] each
+            map_a, map_b = two_maps(f, t_x, phi_t_x, o.one_pass)   # [B, W, S, S] each
+            a, b = pixel_pairs(map_a, map_b, grid, valid, n)       # [n, W] each; Barlow: n = P
+            f_a = f.widen(a)                                       # [n, D]
+            f_b = f.widen(b)
+            z_a = g(f_a)                                           # [n, d]
+            z_b = g(f_b)
         if o.loss == "infonce":
             loss = info_nce_loss(z_a, z_b, o.temperature)
         else:
@@ -358,6 +361,7 @@ def pretrain(run):
         loss.backward()
         optimiser.step()
         if step % 50 == 0:
+            vectors = torch.cat([f_a, f_b])                        # [2n, D]
             run.log("pretrain", step=step, loss=loss, **collapse(o, z_a, z_b, vectors))
     return run.save_pretrained(unet=f.unet.state_dict(), parts=["encoder", "decoder"],
                                widen=f.widen.state_dict(), projector=g.state_dict())
@@ -570,65 +574,119 @@ def pixel_embeddings(run, images, start=None):
     return F.normalize(f(images).float(), dim=1).cpu()
 
 
-def draw_similarity(run, start):
-    """similarity.png (Fig. 2): a query pixel, and how similar the pixels of other patients are.
+def chosen_queries(label, S):
+    """[(y, x, class)]: of each class in the label [S, S] the pixel nearest to its centre.
 
-    Cosine similarity before and after pre-training, with the best matches.
+    At most three; without a label the middle pixel. Labels choose what is drawn, nothing else.
+    """
+    queries = []
+    for k in range(1, min(4, int(label.max()) + 1)):
+        pixels = (label == k).nonzero().float()                    # [P, 2]
+        if len(pixels):
+            nearest = (pixels - pixels.mean(0)).norm(dim=1).argmin()
+            y, x = pixels[nearest].int().tolist()
+            queries.append((y, x, k))
+    return queries or [(S // 2, S // 2, 0)]
+
+
+def draw_similarity(run, start):
+    """similarity.png (Fig. 2): some query pixels, and how similar the pixels of others are to them.
+
+    Cosine similarity in slices of two other scored patients, before and after pre-training; o marks
+    the best match.
     """
     S = run.o.size
-    q = S // 2                                                     # the query: the middle pixel
-    patients = run.split["val"][:5]
+    patients = run.split[run.o.split][:3]
     numbers = common.middle_slices(run.dataset, patients)
     images = run.dataset.image(numbers, run.device)                # [V, C, S, S]
     picture = images[:, 0].cpu()                                   # [V, S, S]
-    figure, axes = common.new_figure(3, len(images))
-    common.show(axes[0, 0], picture[0], title=f"query: {patients[0]}")
-    axes[0, 0].plot(q, q, "o", color="tab:green", mec="white")
-    for v in range(1, len(images)):
-        title = f"{patients[v]}: best match\nX before, o after"
-        common.show(axes[0, v], picture[v], title=title)
-    looks = [("before", None, "X", "tab:red"), ("after", start, "o", "tab:green")]
-    for row, (when, weights, mark, colour) in enumerate(looks, 1):
-        maps = pixel_embeddings(run, images, weights)              # [V, D, S, S]
-        sim = torch.einsum("d,vdhw->vhw", maps[0, :, q, q], maps)  # [V, S, S]
-        for v in range(len(images)):
-            axes[row, v].imshow(sim[v], cmap="magma", vmin=-.2, vmax=1)
-            axes[row, v].set_title(f"similarity {when}", fontsize=8)
-            if v:
-                y, x = divmod(int(sim[v].argmax()), S)
-                axes[0, v].plot(x, y, mark, color=colour, mec="white")
+    label = run.dataset.label(numbers)[0]                          # [S, S]
+    queries = chosen_queries(label * (label < 255), S)             # 255: no label
+    before = pixel_embeddings(run, images)                         # [V, D, S, S]
+    after = pixel_embeddings(run, images, start)
+    figure, axes = common.new_figure(len(queries), 1 + 3 * (len(images) - 1))
+    for row, (y, x, k) in zip(axes, queries):
+        common.show(row[0], picture[0], title=f"query in {patients[0]}\n{run.classes[k]}")
+        mark_pixel(row[0], y, x)
+        for v in range(1, len(images)):
+            panels = row[3 * v - 2:3 * v + 1]
+            common.show(panels[0], picture[v], title=f"{patients[v]}\nbest match, after")
+            for axis, maps, when in zip(panels[1:], (before, after), ("before", "after")):
+                sim = torch.einsum("d,dhw->hw", maps[0, :, y, x], maps[v])     # [S, S]
+                best = divmod(int(sim.argmax()), S)
+                axis.imshow(sim, cmap="magma", vmin=-.2, vmax=1)
+                axis.set_title(f"similarity\n{when}", fontsize=8)
+                mark_pixel(axis, *best)
+            mark_pixel(panels[0], *best)                           # of the last, after
     common.save_figure(figure, run.out / "figures/similarity.png")
 
 
-def principal_colours(maps):
-    """The vectors of all pixels as colours, by PCA (ours): [V, D, S, S] -> [V, S, S, 3]."""
+def mark_pixel(axis, y, x):
+    """A green dot at a pixel of an image."""
+    axis.plot(x, y, "o", color="tab:green", mec="white")
+
+
+def principal_plane(maps):
+    """Vectors [V, D, S, S] in the plane of their largest variance: [V, S, S, 2].
+
+    By PCA (the paper: t-SNE); 1 and 99 % of each coordinate come to 0 and 1, and beyond is cut.
+    """
     x = maps.movedim(1, -1)                                        # [V, S, S, D]
     x = x - x.mean((0, 1, 2))
     flat = x.flatten(0, 2)                                         # [V S S, D]
     _, axis = torch.linalg.eigh(flat.T @ flat)                     # [D, D], largest variance last
-    colours = x @ axis[:, -3:].flip(1)                             # [V, S, S, 3]
-    ends = torch.tensor([.02, .98])
-    lo, hi = colours.flatten(0, 2).quantile(ends, dim=0)           # [3] each
-    return ((colours - lo) / (hi - lo)).clamp(0, 1)
+    plane = x @ axis[:, -2:].flip(1)                               # [V, S, S, 2]
+    ends = torch.tensor([.01, .99])
+    lo, hi = plane.flatten(0, 2).quantile(ends, dim=0)             # [2] each
+    return ((plane - lo) / (hi - lo)).clamp(0, 1)
+
+
+def plane_colours(plane):
+    """A colour for each place of the plane, the key of Fig. 4: [..., 2] in [0, 1] -> [..., 3].
+
+    Its corners are blue, red, green and yellow, with what lies between mixed.
+    """
+    corners = torch.tensor([[[.1, .2, .9], [.9, .1, .2]], [[.1, .7, .4], [1., .9, .2]]])
+    u = plane[..., :1]
+    v = plane[..., 1:]
+    low = corners[0, 0] * (1 - u) + corners[0, 1] * u              # [..., 3]
+    high = corners[1, 0] * (1 - u) + corners[1, 1] * u
+    return low * (1 - v) + high * v
 
 
 def draw_embeddings(run, start):
-    """embeddings.png (Fig. 4): the vectors of all pixels as colours, beside image and label."""
-    patients = run.split["val"][:4]
+    """embeddings.png (Fig. 4): the vectors of all pixels as colours, beside image and label.
+
+    Below: the same vectors as points of the plane that gives them their colour, and by label.
+    """
+    patients = run.split[run.o.split][:3]
     numbers = common.middle_slices(run.dataset, patients)
     images = run.dataset.image(numbers, run.device)                # [V, C, S, S]
     label = run.dataset.label(numbers)                             # [V, S, S]
     label = label * (label < 255)                                  # 255: no label
-    before = principal_colours(pixel_embeddings(run, images))      # [V, S, S, 3]
-    after = principal_colours(pixel_embeddings(run, images, start))
-    figure, axes = common.new_figure(len(images), 4)
+    before = principal_plane(pixel_embeddings(run, images))        # [V, S, S, 2]
+    after = principal_plane(pixel_embeddings(run, images, start))
+    figure, axes = common.new_figure(len(images) + 1, 4)
     for v, patient in enumerate(patients):
         picture = images[v, 0].cpu()
         common.show(axes[v, 0], picture, title=patient)
         common.show(axes[v, 1], picture, label[v], len(run.classes), "label")
-        common.show(axes[v, 2], before[v], title="vectors before")
-        common.show(axes[v, 3], after[v], title="vectors after")
+        common.show(axes[v, 2], plane_colours(before[v]), title="vectors before")
+        common.show(axes[v, 3], plane_colours(after[v]), title="vectors after")
+    K = len(run.classes)
+    by_label = {"c": label.flatten(), "cmap": "viridis", "vmin": 0, "vmax": max(2, K - 1)}
+    scatter(axes[-1, 0], before, by_label, "plane before, by label")
+    scatter(axes[-1, 1], after, by_label, "plane after, by label")
+    scatter(axes[-1, 2], before, {"c": plane_colours(before).flatten(0, 2)}, "before, colour key")
+    scatter(axes[-1, 3], after, {"c": plane_colours(after).flatten(0, 2)}, "after, colour key")
     common.save_figure(figure, run.out / "figures/embeddings.png")
+
+
+def scatter(axis, plane, colours, title):
+    """The pixels of a plane [V, S, S, 2] as points."""
+    u, v = plane.flatten(0, 2).T                                   # [V S S] each
+    axis.scatter(u, v, s=.5, **colours)
+    axis.set_title(title, fontsize=8)
 
 
 def draw_annotation_saved(run):
@@ -674,19 +732,23 @@ def main(arguments=None):
         return common.predict_files(o, build)
     run = common.Run(o)
     check(run)
-    run.begin()
-    start = run.pretrained() or pretrain(run)
     methods = ["scratch", "random-probe", "probe", "pix2rep"]
     if o.mean_teacher:
         methods += ["scratch-mt", "pix2rep-mt"]
-    for row in run.rows(*methods):
+    rows = run.choose(*methods)
+    run.begin()
+    wanted = any(method in rows for method in PRETRAINED)
+    start = run.pretrained() or (pretrain(run) if wanted else None)
+    for row in run.rows():
         train = linear_probe if row.method.endswith("probe") else finetune
         net = train(run, row, start if row.method in PRETRAINED else None)
         run.score(row, net)
     common.draw_overlays(run, run.first_nets(build, "scratch", "probe", "pix2rep"))
+    if not start:
+        return run.report("overlays.png", common.LOOK_ROWS)
     draw_similarity(run, start)
     draw_embeddings(run, start)
-    if len(set(o.labelled)) > 1:
+    if len(o.labelled) > 1 and {"scratch", METHOD} <= {r["method"] for r in run.runs}:
         draw_annotation_saved(run)
     run.report("embeddings.png", LOOK)
 
