@@ -374,7 +374,8 @@ def unet_maps(unet, x):
     features = unet.encoder(x)
     x = features[-1]
     maps = []
-    for up, block, skip in zip(unet.decoder.ups, unet.decoder.blocks, features[-2::-1]):
+    decoder = unet.decoder
+    for up, block, skip in zip(decoder.ups, decoder.blocks, features[-2::-1]):
         x = block(torch.cat([up(x), skip], 1))                     # [B, width, 2h, 2w]
         maps.append(x)
     return maps[0], maps[-1]
@@ -417,8 +418,8 @@ class Students(nn.Module):
         logits = [self.unet.head(unet_fine).float(), self.swin.head(swin_fine).float()]
         coarse = self.project_coarse(unet_coarse, swin_coarse)
         # of the fine map every second pixel, a sixteenth of the pairs to compare
-        fine = self.project_fine(unet_fine[..., ::2, ::2], swin_fine[..., ::2, ::2])
-        return Maps(logits, coarse, fine)
+        half = [x[..., ::2, ::2] for x in (unet_fine, swin_fine)]
+        return Maps(logits, coarse, self.project_fine(*half))
 
 
 class Batch(NamedTuple):
@@ -440,7 +441,9 @@ def base_grid(n, size, device):
     angle = torch.where(kind < .5, quarters, small * (kind < .75))
     flip = torch.where(kind < .5, -1., 1.)
     zero = torch.zeros(n)
-    rows = [flip * angle.cos(), -angle.sin(), zero, flip * angle.sin(), angle.cos(), zero]
+    cos, sin = angle.cos(), angle.sin()
+    rows = [flip * cos, -sin, zero,
+            flip * sin, cos, zero]
     theta = torch.stack(rows, 1).view(n, 2, 3).to(device)
     return F.affine_grid(theta, (n, 1, size, size), align_corners=False)
 
@@ -506,7 +509,8 @@ def cell_classes(y, side):
 
     "nearest-exact": "nearest" takes a cell's corner, which for 8 x 8 pixels is 3.5 off its middle.
     """
-    return F.interpolate(y[:, None].float(), side, mode="nearest-exact")[:, 0].long()
+    small = F.interpolate(y[:, None].float(), side, mode="nearest-exact")          # [B, 1, *side]
+    return small[:, 0].long()
 
 
 def contrast_terms(o, pixels):
@@ -565,6 +569,13 @@ def start_training(run, seed):
     return students, torch.optim.AdamW(groups, weight_decay=o.weight_decay)
 
 
+def set_rates(optimiser, step, T):
+    """Each group's peak, warmed up and then half a cosine down to 0."""
+    for group in optimiser.param_groups:
+        warm = min(1, (step + 1) / (group["warm_up"] + 1))
+        group["lr"] = group["peak"] * warm * cosine(step, T)
+
+
 def train(run, row, registered):
     """Train both networks on a row's labelled slices and on those of all other training patients.
 
@@ -575,13 +586,10 @@ def train(run, row, registered):
     own = dataset.of_patients(patients, labelled=True)
     others = dataset.of_patients(set(run.split["train"]) - set(patients))
     students, optimiser = start_training(run, row.seed)
-    volumes = len(run.cases)
-    banks = [MemoryBank(volumes, o.bank, o.projection) for _ in range(2)]
+    banks = [MemoryBank(len(run.cases), o.bank, o.projection) for net in (0, 1)]
     banks = nn.ModuleList(banks).to(run.device)
     for step in run.steps(row.name, T, (students, banks), optimiser):
-        for group in optimiser.param_groups:
-            warm = min(1, (step + 1) / (group["warm_up"] + 1))
-            group["lr"] = group["peak"] * warm * cosine(step, T)
+        set_rates(optimiser, step, T)
         labelled = draw_batch(run, own, o.labelled_batch, registered.places)
         unlabelled = draw_batch(run, others, o.unlabelled_batch, registered.places,
                                 registered.warped)
@@ -630,7 +638,8 @@ def baseline_batch(run, numbers):
     pick = common.random_slices(numbers, o.batch)                  # [B]
     grid = base_grid(o.batch, o.size, run.device)                  # [B, S, S, 2]
     image = warp(run.dataset.image(pick, run.device), grid)
-    return common.channels_last(image), warp(run.dataset.label(pick, run.device), grid, "nearest")
+    label = warp(run.dataset.label(pick, run.device), grid, "nearest")
+    return common.channels_last(image), label
 
 
 def finetune(run, row):
@@ -715,10 +724,10 @@ def peek_registration(run, registered, u, n):
 
 # ----------------------------------------------------------------- registration: places and values
 
-# New tensors are made on the default device, which `Registered` sets. From here on everything is in
-# mm. A volume is a stack of prepared slices with voxels of (slice,
+# From here on everything is in mm. A volume is a stack of prepared slices with voxels of (slice,
 # row, column) mm, and a place is (z, y, x) in mm about the volume's centre, so that volumes of any
-# size and spacing share one kind of coordinate.
+# size and spacing share one kind of coordinate. New tensors are made on the default device, which
+# `Registered` sets: the GPU if there is one.
 
 
 def points(shape, step, centre=0.):
@@ -732,11 +741,11 @@ def half_size(shape, step):
     return torch.tensor([n * mm / 2 for n, mm in zip(shape, step)])
 
 
-def sample(x, p, step, mode="bilinear", padding="zeros"):
+def sample(x, p, step, padding="zeros"):
     """Values [B, C, ...] of x [B, C, Z, Y, X], voxels of `step` mm, at the places p [B, ..., 3]."""
     grid = (p / half_size(x.shape[2:], step)).flip(-1)             # x, y, z in [-1, 1]
     grid = grid.flatten(1, -2)[:, None, None]                      # [B, 1, 1, n, 3]
-    values = F.grid_sample(x, grid, mode, padding, align_corners=False)    # [B, C, 1, 1, n]
+    values = F.grid_sample(x, grid, "bilinear", padding, align_corners=False)      # [B, C, 1, 1, n]
     return values[:, :, 0, 0].unflatten(-1, p.shape[1:-1])         # [B, C, ...]
 
 
@@ -802,8 +811,8 @@ def local_correlation(a, b, weight, radius=(1, 2, 2), flat=1e-3):
 
 def after_another(A, B):
     """The affine map x -> A(B(x)) of two [B, 3, 4]."""
-    M = A[:, :, :3]
-    return torch.cat([M @ B[:, :, :3], M @ B[:, :, 3:] + A[:, :, 3:]], 2)
+    M = A[:, :, :3] @ B                                            # [B, 3, 4]
+    return torch.cat([M[:, :, :3], M[:, :, 3:] + A[:, :, 3:]], 2)
 
 
 def inverse(A):
@@ -850,7 +859,8 @@ def register_affine(fixed, weight, p, moving, step, steps=40, keep=4, turn=.5):
     number = every.repeat(keep)                                    # [keep B]: whose they are
     M = torch.zeros(len(A), 3, 3, requires_grad=True)
     t = torch.zeros(len(A), 3, 1, requires_grad=True)
-    optimiser = torch.optim.Adam([{"params": M, "peak": .02}, {"params": t, "peak": step[1] / 4}])
+    groups = [{"params": M, "peak": .02}, {"params": t, "peak": step[1] / 4}]
+    optimiser = torch.optim.Adam(groups)
     for n in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * cosine(n, steps)
@@ -1097,13 +1107,17 @@ def register_batch(frame, moving, step, stiffness):
         u = resize(there, shape)                                   # [B, 3, Z, Y, X]
         error = cycle_error(u, resize(back, shape), p, box.step)   # [B, Z, Y, X]
         moved = sample(m, displaced(p, u), box.step)
+        J = jacobian(back, shape, box.step)                        # [B, Z-1, Y-1, X-1]
         found = {"A": A, "there": there, "back": back,
                  "before": local_correlation(f, m_first, box.weight * w_first),
                  "affine": local_correlation(f, m, w),
                  "after": local_correlation(f, moved, w),
-                 "folded": (jacobian(back, shape, box.step) <= 0).float().mean((1, 2, 3)),
+                 "folded": (J <= 0).float().mean((1, 2, 3)),
                  "cycle": (error * frame.organs).sum((1, 2, 3)) / frame.organs.sum()}
-    return [{k: v[b].clone() for k, v in found.items()} for b in range(len(moving))]
+    pairs = []
+    for b in range(len(moving)):
+        pairs.append({name: values[b].clone() for name, values in found.items()})
+    return pairs
 
 
 def register_all(run, volumes, labelled):
@@ -1121,9 +1135,11 @@ def register_all(run, volumes, labelled):
     frames = {n: Frame(run, n) for n in labelled}
     batches = [volumes[b:b + 16] for b in range(0, len(volumes), 16)]
     grid = points(shape, step)                                     # [Z, Y, X, 3]
+    here = torch.get_default_device()
     pairs = {}
     moving = {}
-    for n, batch in tqdm([(n, b) for n in labelled for b in batches], "register", disable=None):
+    todo = [(n, batch) for n in labelled for batch in batches]
+    for n, batch in tqdm(todo, "register", disable=None):
         file = folder / f"{n}-{batch[0]}.pt"
         if not file.exists():
             for u in batch:
@@ -1133,7 +1149,7 @@ def register_all(run, volumes, labelled):
             made = register_batch(frames[n], images, step, o.stiffness)
             common.save_checkpoint(file, method=METHOD, options={}, pairs=made)
         for u, pair in zip(batch, common.load_checkpoint(file, METHOD)["pairs"]):
-            pairs[u, n] = {k: v.to(torch.get_default_device()) for k, v in pair.items()}
+            pairs[u, n] = {name: value.to(here) for name, value in pair.items()}
     return pairs, frames
 
 
@@ -1171,7 +1187,9 @@ class Registered:
 
         others = [n for n in self.labelled if n != volume]
         first = volume % len(others)
-        return others[first:] + others[:first] if self.o.no_brs else sorted(others, key=cycle)
+        if self.o.no_brs:
+            return others[first:] + others[:first]
+        return sorted(others, key=cycle)
 
     def place_volume(self, volume, u):
         """Fill in the warped label and the common places of volume number u, a `Stack`.
@@ -1437,8 +1455,9 @@ def registration_pictures(run, registered, u, n):
     there = pair["there"][None]                                    # [1, 3, z, y, x]
     A = pair["A"][None]
     end = displaced(box.p, resize(there, whole))                   # [1, Z, Y, X, 3]
-    images = [box.image] + [sample(moving, p, step) for p in (box.p[None], move(A, box.p),
-                                                              move(A, end))]
+    images = [box.image]
+    for p in (box.p[None], move(A, box.p), move(A, end)):
+        images.append(sample(moving, p, step))
     J = jacobian(there, whole, box.step)[0]                        # [Z-1, Y-1, X-1]
     middle = len(box.p) // 2
     return [x[0, 0, middle] for x in images], J[min(middle, len(J) - 1)]
