@@ -153,24 +153,36 @@ def _surface(mask):
     return mask & ~inner
 
 
-def _distance_map(points, spacing):
-    """Distance in mm of every voxel to the nearest True voxel, exact, one axis after the other.
+def _square_length(x):
+    """|x|^2 of every row of x [n, axes]: [n]."""
+    return np.einsum("ij,ij->i", x, x)
 
-    Along an axis:  d_i = min_j  d_j + (i - j)^2   for squared distances d.
+
+def _nearest(a, b):
+    """Distance from every point of a [n, axes] to the nearest of b [m, axes], exact: [n].
+
+    a is halved until few pairs are left. A part of it lies within r of its middle c; let p be the
+    point of b nearest to c. Any other point q of b is needed only if some c + u, |u| <= r, may be
+    nearer to q than to p:
+        |c + u - q|^2 < |c + u - p|^2  =>  |c - q|^2 - |c - p|^2 < 2 u.(q - p) <= 2 r |q - p|
     """
-    d = np.where(points, 0., np.inf)
-    for axis, mm in enumerate(spacing):
-        d = np.moveaxis(d, axis, 0)                                # [n, ...]
-        away = (np.arange(len(d)) * mm) ** 2
-        away = away.reshape(-1, *[1] * (d.ndim - 1))               # [n, 1, 1]
-        out = np.full_like(d, np.inf)
-        for j, row in enumerate(d):
-            after = row + away[:len(d) - j]
-            before = row + away[j:0:-1]
-            np.minimum(out[j:], after, out=out[j:])
-            np.minimum(out[:j], before, out=out[:j])
-        d = np.moveaxis(out, 0, axis)
-    return np.sqrt(d)
+    if len(a) < 2 or len(a) * len(b) <= 200_000:
+        product = a @ b.T                                          # [n, m]
+        closest = (_square_length(b) - 2 * product).argmin(1)      # |a - b|^2 less |a|^2
+        return np.sqrt(_square_length(a - b[closest]))
+    low = a.min(0)
+    high = a.max(0)
+    c = (low + high) / 2
+    r = np.linalg.norm(high - c)
+    from_c = _square_length(b - c)                                 # [m]
+    p = b[from_c.argmin()]
+    from_p = np.sqrt(_square_length(b - p))                        # [m]
+    b = b[from_c - from_c.min() <= 2 * r * from_p]
+    longest = (high - low).argmax()
+    distance = np.empty(len(a))
+    for half in np.array_split(a[:, longest].argsort(), 2):
+        distance[half] = _nearest(a[half], b)
+    return distance
 
 
 def surface_distances(pred, truth, spacing):
@@ -187,10 +199,13 @@ def surface_distances(pred, truth, spacing):
     box = tuple(slice(lo, hi + 1) for lo, hi in zip(found.min(0), found.max(0)))
     a = _surface(pred[box])
     b = _surface(truth[box])
-    ab = _distance_map(b, spacing)[a]                              # from every voxel of a to b
-    ba = _distance_map(a, spacing)[b]
-    hd95 = max(np.percentile(ab, 95), np.percentile(ba, 95))
-    return float(hd95), float(np.concatenate([ab, ba]).mean())
+    shared = np.zeros((a & b).sum())                               # their distance is 0
+    directed = []
+    for of, to in ((a, b), (b, a)):
+        distance = _nearest(np.argwhere(of & ~to) * spacing, np.argwhere(to) * spacing)
+        directed.append(np.concatenate([shared, distance]))
+    hd95 = max(np.percentile(d, 95) for d in directed)
+    return float(hd95), float(np.concatenate(directed).mean())
 
 
 # ------------------------------------------------------------------------ native <-> network grid
