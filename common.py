@@ -395,6 +395,20 @@ def warp(x, grid, mode="bilinear"):
     return F.grid_sample(x, grid, mode, align_corners=False)
 
 
+TIE = 1e-6                      # positions are float32: two that differ by t exactly count as close
+
+
+def is_close(position, threshold):
+    """Which slices lie at a like position: position [n] in (0, 1] -> bool [n, n], symmetric.
+
+    |pos_a - pos_b| < t, and ties count as close (ours), or rounding would decide about them: of 10
+    slices and t = 0.1 every next neighbour is a tie.
+    """
+    position = torch.as_tensor(position)
+    away = (position[:, None] - position[None]).abs()              # [n, n]
+    return away < threshold + TIE
+
+
 def random_slices(numbers, n):
     """n of the slice numbers, drawn with replacement from torch's generator: [n]."""
     return numbers[torch.randint(len(numbers), (n,)).numpy()]

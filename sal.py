@@ -15,7 +15,8 @@ Paper, code, and what we chose. [paper]: stated there; [PCL]: Zeng et al., MICCA
 published no code. The paper has three numbered equations, which could not be read: the names (LA),
 (WLA), (GP) are ours.
  1. LA pulls the best match of every pixel to similarity 1 with MAE, on slices with |i-j| / V < t
-    [paper, Fig. 2]. Both directions (rows and columns of A) are averaged [ours].
+    [paper, Fig. 2]; a tie is close [ours]. Both directions (rows and columns of A) are averaged
+    [ours].
  2. WLA cuts the map into r x r windows and matches inside each [paper, Figs. 1, 2]. r = 4 [ours].
  3. X = N(E(F(S))): encoder F, linear embedding E, L2 norm over channels N [paper, by a review]. E
     has no bias, X comes from encoder level 3, 12 x 12 places at 96 x 96 [ours].
@@ -151,11 +152,9 @@ def global_positional_loss(z, position, threshold, temperature):
     """
     n = len(z)
     z = F.normalize(z.float(), dim=1)
-    position = position.to(z.device)
     itself = torch.eye(n, dtype=torch.bool, device=z.device)
     # P(a) = { b != a : |pos_a - pos_b| < t }
-    away = (position[:, None] - position[None]).abs()              # [n, n]
-    P = (away < threshold) & ~itself                               # [n, n] bool
+    P = common.is_close(position, threshold).to(z.device) & ~itself        # [n, n] bool
     # log( exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau) )
     with torch.autocast(z.device.type, enabled=False):             # float32 also under autocast
         sim = z @ z.T / temperature                                # [n, n]: sim(z_a,z_b)/tau
@@ -209,8 +208,7 @@ def pair_kinds(volume, slice_number, depth, threshold):
     V = torch.as_tensor(np.asarray(depth))
     same_volume = volume[:, None] == volume[None]
     same_slice = same_volume & (i[:, None] == i[None])
-    position = (i + 1) / V
-    close = (position[:, None] - position[None]).abs() < threshold
+    close = common.is_close((i + 1) / V, threshold)                # [n, n]
     kinds = torch.full(close.shape, 4)
     kinds[close & ~same_volume] = 3
     kinds[close & same_volume] = 2
@@ -256,8 +254,8 @@ def sample_pairs(dataset, numbers, n_pairs, threshold):
     first = common.random_slices(numbers, n_pairs)                 # [B]: numbers in the dataset
     V = dataset.depth[first]
     i = dataset.slice[first]                                       # [B]: numbers in the volume
-    # the largest |i-j| with |i-j| / V < t; 1e-9, lest rounding lets |i-j| / V = t through
-    reach = np.ceil(threshold * V - 1e-9).astype(int) - 1
+    # the largest |i-j| whose positions are close: |i-j| / V < t + TIE, as `common.is_close` has it
+    reach = np.ceil((threshold + common.TIE) * V).astype(int) - 1
     lo = np.maximum(i - reach, 0)
     hi = np.minimum(i + reach, V - 1)
     j = lo + (torch.rand(n_pairs).numpy() * (hi - lo + 1)).astype(int)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import macl
 from sal import (global_positional_loss, local_alignment_loss, pair_kinds, random_pair_similarity,
                  sample_pairs, uniformity_loss)
 
@@ -171,9 +172,9 @@ def test_gp_chance_level():
 
 
 def test_gp_without_a_positive_is_zero():
-    """|pos_a - pos_b| = t is not < t; and the zero has a gradient, of zeros."""
+    """And the zero has a gradient, of zeros."""
     z = torch.randn(3, 4, requires_grad=True)
-    loss = global_positional_loss(z, torch.tensor([.25, .5, .75]), .25, .1)
+    loss = global_positional_loss(z, torch.tensor([.25, .5, .75]), .24, .1)
     assert loss.item() == 0
     loss.backward()
     assert torch.equal(z.grad, torch.zeros(3, 4))
@@ -276,6 +277,40 @@ def test_uniformity_prevents_the_collapse():
     assert abs(random_pairs) < .1
 
 
+# ---------------------------------------------------------------------------------- like positions
+
+
+def dataset_position(V):
+    """Positions of a volume of V slices as `SliceDataset` has them."""
+    return torch.from_numpy(((np.arange(V) + 1) / V).astype(np.float32))
+
+
+def test_neighbours_of_ten_slices_are_close_at_a_tenth():
+    """|i-j| / V = t exactly, nine times: rounding may not decide (it took 4 of the 9)."""
+    close = common.is_close(dataset_position(10), .1)
+    assert close.diagonal(1).tolist() == [True] * 9
+    assert close.diagonal(2).tolist() == [False] * 8
+    assert torch.equal(close, close.T)
+    # both scripts take their positives from it
+    assert torch.equal(macl.positive_pairs(dataset_position(10), .1)[:10, 10:], close)
+    assert (pair_kinds([0] * 10, range(10), [10] * 10, .1).diagonal(1) == 2).all()
+    z = torch.randn(10, 4)
+    got = global_positional_loss(z, dataset_position(10), .1, .1).item()
+    assert got == pytest.approx(global_positional_loss(z, dataset_position(10), .15, .1).item())
+
+
+@pytest.mark.parametrize("t", [.05, .1, .15, .2, .35, 1.])
+def test_like_positions_in_whole_numbers(t):
+    """Every pair of slices of volumes of up to 40 slices: |m (i+1) - n (j+1)| / (n m) <= t."""
+    for n, m in ((8, 8), (10, 10), (20, 20), (40, 40), (7, 12), (10, 40)):
+        position = torch.cat([dataset_position(n), dataset_position(m)])
+        close = common.is_close(position, t)[:n, n:]
+        for i in range(n):
+            for j in range(m):
+                away = abs(m * (i + 1) - n * (j + 1))
+                assert close[i, j] == (100 * away <= round(100 * t) * n * m)
+
+
 # ------------------------------------------------------------------------------ the kinds of pairs
 
 # Views of volume 0: slices 2, 2, 3, 9 of 10; of volume 1: slices 5 (position .3, as slice 2 of 10),
@@ -336,7 +371,7 @@ def test_sampled_pairs_are_of_kind_1_or_2_and_reach_every_close_slice():
     for n in range(28):
         close = set()
         for m in range(28):
-            away = abs(d.slice[m] - d.slice[n]) / d.depth[n]
-            if d.volume[m] == d.volume[n] and away < .35:
+            away = 100 * abs(d.slice[m] - d.slice[n])              # whole numbers: 7 / 20 is a tie
+            if d.volume[m] == d.volume[n] and away <= 35 * d.depth[n]:
                 close.add(m)
         assert set(j[i == n]) == close

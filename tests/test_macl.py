@@ -111,7 +111,8 @@ def test_positives_by_position():
     for i in range(3):
         want[i, i + 3] = True
         want[i + 3, i] = True
-    assert torch.equal(macl.positive_pairs(three, .25), want)      # |.25 - .5| < .25 is false
+    assert torch.equal(macl.positive_pairs(three, .24), want)
+    assert macl.positive_pairs(three, .25).sum() == 6 + 8          # a tie is close
     assert macl.positive_pairs(three, .26).sum() == 6 + 8          # both views of both
     one_place = macl.positive_pairs(torch.tensor([.3, .3]), 1e-6)
     assert torch.equal(one_place, ~torch.eye(4, dtype=torch.bool))
