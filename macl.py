@@ -24,9 +24,9 @@ there, or changed by us. What was measured: results/macl.md.
  3. Eq. 9 sums over the anchors i; the code averages, and so do we: the chance of L_g and L_d,
     ln(2N - 1), does not grow with N.
  4. Positives: |pos_i - pos_j| < threshold; 0.1 on CHD, 0.05 on BraTS [code], 0.35 on ACDC [PCL];
-    0.1 here, also for the row "pcl", and a tie is positive [ours]. Evidence: with 0.35, 58 % of
-    ACDC's pairs are positive and the losses hardly fall; with 0.1 most next neighbours there are
-    negatives (CHD has about 257 slices a volume, ACDC about 10). No finished runs compare the two.
+    0.1 here, also for the row "pcl", and a tie is positive [ours]. With 0.35, 58 % of ACDC's pairs
+    are positive and the losses hardly fall; with 0.1, 20 %, but of the next neighbours only half
+    (CHD has about 257 slices a volume, ACDC about 10). No finished runs compare them yet.
  5. Z^l is the decoder's output as it is; only the auxiliary branch has a g_pix: two 3x3
     convolutions with LeakyReLU [code], and normalisation [ours]. g_ins: average pool, linear,
     ReLU, linear to 128 [code]. With 0 decoder blocks both branches are one network and share
