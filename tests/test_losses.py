@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import common
 import macl
-from sal import (global_positional_loss, local_alignment_loss, pair_kinds, random_pair_similarity,
-                 sample_pairs, uniformity_loss)
+from sal import (best_matches, global_positional_loss, local_alignment_loss, matched_pairs,
+                 pair_kinds, random_pair_similarity, sample_pairs, uniformity_loss)
 
 # ---------------------------------------------------------------------------------------- oracles
 
@@ -67,16 +67,20 @@ def gp_oracle(z, position, t, tau):
     return sum(anchors) / len(anchors)
 
 
-def uniformity_oracle(x, volume):
-    """L_U over all places of maps [n, C, h, w], pair by pair in float64."""
+def uniformity_oracle(x, volume, spared=()):
+    """L_U over all places of maps [n, C, h, w], pair by pair in float64.
+
+    spared: {((view, place), (view, place))} that are left out.
+    """
     points = []
-    for view, number in zip(x.double().numpy(), volume):
+    for n, (view, number) in enumerate(zip(x.double().numpy(), volume)):
         for place, vector in enumerate(pixels(view)):
-            points.append((number, place, vector))
+            points.append((n, number, place, vector))
     repelled = []
-    for number, place, u in points:
-        for other_number, other_place, v in points:
-            if (number, place) != (other_number, other_place):
+    for n, number, place, u in points:
+        for other_n, other_number, other_place, v in points:
+            out = ((n, place), (other_n, other_place)) in spared
+            if (number, place) != (other_number, other_place) and not out:
                 repelled.append(math.exp(4 * float(u @ v)))
     return math.log(sum(repelled) / len(repelled))
 
@@ -141,6 +145,50 @@ def test_windows_that_do_not_divide_the_map_are_refused():
     x = torch.randn(2, 8, 6, 6)
     with pytest.raises(ValueError, match="windows = 4 does not divide"):
         local_alignment_loss(x, x, 4)
+
+
+@pytest.mark.parametrize("r, radius", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_matches_within_a_radius(r, radius):
+    """Window by window, place by place: the best of those in the window and at most so far away."""
+    x_i, x_j = torch.randn(2, 1, 5, 4, 6, generator=torch.Generator().manual_seed(r))
+    p = pixels(x_i[0].numpy())
+    q = pixels(x_j[0].numpy())
+    best = []
+    match = []
+    for a in range(24):
+        ya, xa = divmod(a, 6)
+        found = {}
+        for b in range(24):
+            yb, xb = divmod(b, 6)
+            window = ya * r // 4 == yb * r // 4 and xa * r // 6 == xb * r // 6
+            if window and (ya - yb) ** 2 + (xa - xb) ** 2 <= radius ** 2:
+                found[b] = float(p[a] @ q[b])
+        match.append(max(found, key=found.get))
+        best.append(1 - found[match[-1]])
+    assert best_matches(x_i, x_j, r, radius)[0].tolist() == match
+    # LA averages both directions
+    forward = 2 * local_alignment_loss(x_i, x_j, r, radius)
+    back = [1 - float(q[b] @ p[m]) for b, m in enumerate(best_matches(x_j, x_i, r, radius)[0])]
+    assert forward.item() == pytest.approx(np.mean(best) + np.mean(back), abs=1e-5)
+
+
+def test_a_long_radius_is_none_and_a_short_one_is_the_place_itself():
+    x_i, x_j = torch.randn(2, 2, 5, 6, 6)
+    la = local_alignment_loss(x_i, x_j)
+    assert torch.equal(local_alignment_loss(x_i, x_j, 1, 99), la)
+    assert local_alignment_loss(x_i, x_j, 1, .5) == pytest.approx(
+        local_alignment_loss(x_i, x_j, 6).item(), abs=1e-6)
+
+
+def test_matched_pairs_by_hand():
+    """One row of three places: i = (a, b, c), j = (b, b', -a); b' is a little off b."""
+    a, b, c = torch.eye(4)[:3]
+    off = F.normalize(b + .2 * torch.eye(4)[3] + .1 * c, dim=0)
+    x_i = torch.stack([a, b, c]).T.view(1, 4, 1, 3)
+    x_j = torch.stack([b, off, -a]).T.view(1, 4, 1, 3)
+    # i's best: a with b or b' (both 0: the first), b with b, c with b'; j's: b, b, not a (first: b)
+    want = [[1, 0, 0], [1, 1, 1], [0, 1, 0]]
+    assert matched_pairs(x_i, x_j, 1, 0)[0].int().tolist() == want
 
 
 # --------------------------------------------------------------------------------------------- GP
@@ -215,6 +263,19 @@ def test_uniformity_equals_the_double_loop():
     volume = [0, 0, 1, 2, 2]
     want = uniformity_oracle(x, volume)
     assert uniformity_loss(x, volume).item() == pytest.approx(want, abs=1e-5)
+
+
+def test_uniformity_spares_the_matches():
+    """Of views 0 and 2, and of 1 and 3, in both directions, and of no other two."""
+    x = torch.randn(4, 3, 2, 3)
+    volume = [0, 1, 0, 1]
+    matched = matched_pairs(*x.chunk(2), 1, 0)                     # [2, 6, 6]
+    spared = set()
+    for b, p, q in matched.nonzero().tolist():
+        spared |= {((b, p), (b + 2, q)), ((b + 2, q), (b, p))}
+    want = uniformity_oracle(x, volume, spared)
+    assert uniformity_loss(x, volume, spared=matched).item() == pytest.approx(want, abs=1e-5)
+    assert uniformity_loss(x, volume).item() != pytest.approx(want, abs=1e-3)
 
 
 def test_uniformity_of_equal_features_is_four():
