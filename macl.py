@@ -4,6 +4,7 @@
     python macl.py                                        the built-in phantom, no data needed
     python macl.py --data path/to/acdc                    real scans: pre-train, fine-tune, score
     python macl.py --decoder-blocks 0 --lambda2 0 --lambda3 0        PCL, which MACL extends
+    python macl.py --data A --pretrain-data B C           pre-train on B and C, fine-tune on A
     python macl.py --predict IMAGES --checkpoint FILE.pt  segment new volumes
 
 Contrast alone pre-trains an encoder and leaves the decoder random. MACL trains both together by
@@ -74,6 +75,7 @@ OPTIONS = [
     ("spacing", None, 2.5, 1.25, "mm a pixel in plane; 2 on ACDC"),
     ("size", None, 64, 384, "S, crop of fine-tuning, divisible by 16; 96 on ACDC (352; 384: ours)"),
     ("pretrain_size", None, None, 384, "S of pre-training; --size, up to a multiple of 64 (512)"),
+    ("pretrain_data", [], None, None, "folders to pre-train on instead of --data; need no labels"),
     ("pretrain_steps", 4000, 1000, 8200, "100 epochs: 8200 of ACDC (of CHD 55 000 to 110 000)"),
     ("pretrain_batch", 16, None, 16, "N, slices a step"),
     ("pretrain_lr", 1e-3, None, .1, "AdamW or --sgd, cosine to 0 (code: SGD 0.01)"),
@@ -291,9 +293,10 @@ def pretrain_optimiser(unet, heads, o):
 def pretrain(run, large):
     """Train encoder, k decoder blocks and heads on training slices without labels.
 
-    large: the dataset at --pretrain-size. Writes pretrained.pt, returns its content.
+    large: the slices of --data at --pretrain-size. Writes pretrained.pt, returns its content.
     """
     o = run.o
+    pool = common.pretraining_slices(run, large)
     torch.manual_seed(1000)
     unet = run.place(run.unet(classes=2))
     heads = run.place(Heads(unet.encoder.widths, o.decoder_blocks, o.eq7))
@@ -301,11 +304,11 @@ def pretrain(run, large):
     dense = o.lambda2 > 0 or o.lambda3 > 0
     for step in run.steps("pretrain", o.pretrain_steps, (unet, heads), optimiser):
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * cosine(step, o.pretrain_steps)
-        pick = common.random_slices(run.train, o.pretrain_batch)   # [N]
-        views = four_views(large.image(pick, run.device), o)       # 4 x [N, C, S, S]
+        pick = common.random_slices(pool.numbers, o.pretrain_batch)        # [N]
+        views = four_views(pool.image(pick, run.device), o)        # 4 x [N, C, S, S]
         with run.autocast():
             pairs = branches(unet, heads, views, dense)
-        position = torch.from_numpy(large.position[pick])          # [N]
+        position = torch.from_numpy(pool.position[pick])           # [N]
         L = {"g": global_contrastive_loss(*pairs["g"], position, o.threshold, o.temperature)}
         loss = o.lambda1 * L["g"]                                  # PCL
         if dense:

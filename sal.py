@@ -3,6 +3,7 @@ ISBI 2024; arXiv 2406.15699).
 
     python sal.py                                         the built-in phantom, no data needed
     python sal.py --data path/to/acdc                     real scans: pre-train, fine-tune, score
+    python sal.py --data A --pretrain-data B C            pre-train on B and C, fine-tune on A
     python sal.py --predict IMAGES --checkpoint FILE.pt   segment new volumes
 
 Two close slices of one scan show nearly the same anatomy, so most pixels of one have a match in
@@ -73,6 +74,7 @@ OPTIONS = [
     ("width", 16, None, None, "channels of the first U-Net level (PCL: 48 on ACDC)"),
     ("spacing", None, 2.5, None, "mm a pixel in plane; 2 on ACDC"),
     ("size", None, 64, None, "S, crop in pixels, divisible by 16; 96 on ACDC"),
+    ("pretrain_data", [], None, None, "folders to pre-train on instead of --data; need no labels"),
     ("pretrain_steps", 8000, 1000, None, "steps of pre-training (PCL: 300 epochs)"),
     ("pretrain_lr", 1e-3, None, None, "AdamW, cosine to 0 (PCL: SGD 0.1)"),
     ("pretrain_rotation", .5, None, None, "largest rotation of a pair in rad (PCL: pi)"),
@@ -83,7 +85,7 @@ OPTIONS = [
     ("weight_gp", 1., None, None, "of L_GP; 0: LA alone"),
     ("weight_la", 1., None, None, "lambda, of L_WLA; 0: GP and L_U alone; --weight-u 0 too: GP"),
     ("weight_u", 1., None, None, "of L_U, ours; 0: LA as we read the paper, which collapses"),
-    ("windows", 4, None, None, "r: r x r windows; r divides h and w; 1: LA; h: the same place only"),
+    ("windows", 4, None, None, "r: r x r windows; r divides h and w; 1: LA; h: the own place"),
     ("radius", 0, None, None, "of a match, in places, inside the window; 0: no limit (ours)"),
     ("spare_matches", False, None, None, "L_U does not repel what LA has just matched (ours)"),
     ("level", 3, None, None, "encoder level of X: size S / 2^level"),
@@ -330,20 +332,21 @@ def sample_pairs(dataset, numbers, n_pairs, threshold):
     return first, first + j - i
 
 
-def pair_batch(run):
+def pair_batch(run, pool):
     """B pairs of close slices as views [2B, C, S, S] (all i, then all j), and numbers [2B]."""
     o = run.o
-    pick = np.concatenate(sample_pairs(run.dataset, run.train, o.pairs, o.threshold_la))
+    pick = np.concatenate(sample_pairs(pool, pool.numbers, o.pairs, o.threshold_la))
     # the same place for both slices of a pair, intensities each their own (ours)
     grid = spatial_grid(o.pairs, o.size, o.pretrain_rotation, run.device)
     grid = grid.repeat(2, 1, 1, 1)                                 # [2B, S, S, 2]
-    views = photometric(warp(run.dataset.image(pick, run.device), grid))   # [2B, C, S, S]
+    views = photometric(warp(pool.image(pick, run.device), grid))  # [2B, C, S, S]
     return common.channels_last(views), pick
 
 
 def pretrain(run):
     """Train encoder and heads on all training slices, without labels; returns pretrained.pt."""
     o = run.o
+    pool = common.pretraining_slices(run, run.dataset)
     torch.manual_seed(1000)
     unet = run.place(run.unet(classes=2))                          # its head is not used here
     heads = Heads(unet.encoder.widths, o.level).to(run.device)
@@ -351,17 +354,17 @@ def pretrain(run):
     optimiser = torch.optim.AdamW(parameters, o.pretrain_lr, weight_decay=1e-5)
     for step in run.steps("pretrain", o.pretrain_steps, (unet, heads), optimiser):
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * cosine(step, o.pretrain_steps)
-        views, pick = pair_batch(run)                              # [2B, C, S, S], [2B]
+        views, pick = pair_batch(run, pool)                        # [2B, C, S, S], [2B]
         with run.autocast():
             x, z = heads(unet.encoder(views))                      # [2B, C, h, w], [2B, d]
-        position = torch.from_numpy(run.dataset.position[pick])    # [2B]
+        position = torch.from_numpy(pool.position[pick])           # [2B]
         L_GP = global_positional_loss(z, position, o.threshold, o.temperature)
         x_i, x_j = x.chunk(2)                                      # all i, all j: [B, C, h, w]
         L_WLA = local_alignment_loss(x_i, x_j, o.windows, o.radius)
         spared = None
         if o.spare_matches:
             spared = matched_pairs(x_i, x_j, o.windows, o.radius)  # [B, hw, hw]
-        L_U = uniformity_loss(x, run.dataset.volume[pick], spared=spared)
+        L_U = uniformity_loss(x, pool.volume[pick], spared=spared)
         # L = L_GP + lambda L_WLA    (total), and our L_U, each with its weight
         loss = o.weight_gp * L_GP + o.weight_la * L_WLA + o.weight_u * L_U
         optimiser.zero_grad()

@@ -219,7 +219,8 @@ def pix2rep_step(run, nets, optimiser, mark):
     o = run.o
     f, g = nets
     n = o.pixels if o.loss == "infonce" else None
-    views, grid, valid = pix2rep.view_batch(run)                   # [2B, C, S, S] and phi
+    pool = common.pretraining_slices(run, run.dataset)
+    views, grid, valid = pix2rep.view_batch(run, pool)             # [2B, C, S, S] and phi
     mark()
     with run.autocast():
         maps = f.trunk(views).float()                              # [2B, width, S, S]
