@@ -189,9 +189,8 @@ def foreign(phantom, tmp_path_factory):
     save(copies / "secret_ES.nii.gz", volume(8, (40, 30, 5))[0], (5, 5, 8))
     shutil.copy(here / f"{split['train'][0]}_ED.nii.gz", copies / "known.nii.gz")
     native = nib.load(here / f"{split['val'][0]}_ES.nii.gz")
-    turned = nib.as_closest_canonical(native)                      # LPS -> RAS: two axes flipped
-    again = nib.Nifti1Image(np.asarray(turned.dataobj).astype(np.float32), turned.affine)
-    nib.save(again, copies / "again.nii")
+    turned = np.asarray(native.dataobj).astype(np.float32)[::-1]   # and its header does not say so
+    nib.save(nib.Nifti1Image(turned, native.affine), copies / "again.nii")
     return root
 
 
