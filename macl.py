@@ -482,7 +482,8 @@ def draw_heat(run, start):
     figure, axes = common.new_figure(len(patients), 5)
     for axis, picture, patient in zip(axes[:, 0], pictures, patients):
         common.show(axis, picture, title=patient)
-    for column, (title, weights) in enumerate((("before", None), ("after", start))):
+    for column, weights in enumerate([None, start]):
+        title = ["before", "after"][column]
         torch.manual_seed(1000)
         unet = run.unet(classes=2).to(run.device)
         if weights:

@@ -433,7 +433,8 @@ def draw_matches(run, pretrained):
 
     Sought where training seeks them: in the window of --windows, within --radius.
     """
-    o, dataset = run.o, run.dataset
+    o = run.o
+    dataset = run.dataset
     first = dataset.of_patients(run.split["val"])[0]
     slices = first + np.arange(dataset.depth[first])
     images = dataset.image(slices, run.device)                     # [V, C, S, S]
@@ -442,18 +443,19 @@ def draw_matches(run, pretrained):
     figure, axes = common.new_figure(1, 5, 3.0, 3.2)
     axes = axes[0]
     common.show(axes[0], picture[i], title="slice i, query pixels")
-    for column, (title, weights) in enumerate((("before", None), ("after", pretrained))):
+    for column, weights in enumerate([None, pretrained]):
+        title = ["before", "after"][column]
         X = feature_maps(run, images, weights)                     # [V, C, h, w]
         h, w = X.shape[2:]
         A = X[i].flatten(1).T @ X[i + 1].flatten(1)                # [hw, hw] cosine similarities
-        match = best_matches(X[i:i + 1], X[i + 1:i + 2], o.windows, o.radius)[0]       # [hw]
+        match = best_matches(X[[i]], X[[i + 1]], o.windows, o.radius)[0]       # [hw]
         similarity = A.gather(1, match[:, None])                   # [hw, 1]
         common.show(axes[1 + column], picture[i + 1],
                     title=f"slice i+1, best matches {title}\nmean best similarity "
                           f"{similarity.mean():.2f}, all pairs {A.mean():.2f}")
         for n in range(9):                                         # a 3 x 3 pattern of queries
-            y = (h // 3, h // 2, 2 * h // 3)[n // 3]
-            x = (w // 3, w // 2, 2 * w // 3)[n % 3]
+            y = [h // 3, h // 2, 2 * h // 3][n // 3]
+            x = [w // 3, w // 2, 2 * w // 3][n % 3]
             best = int(match[y * w + x])
             mark_place(axes[0], y, x, o.size / w, f"C{n}")
             mark_place(axes[1 + column], best // w, best % w, o.size / w, f"C{n}")
