@@ -222,7 +222,8 @@ def pix2rep_step(run, nets, optimiser, mark):
     o = run.o
     f, g = nets
     n = o.pixels if o.loss == "infonce" else None
-    t_x, phi_t_x, grid, valid = pix2rep.view_batch(run)            # [B, C, S, S] each, and phi
+    pool = common.pretraining_slices(run, run.dataset)
+    t_x, phi_t_x, grid, valid = pix2rep.view_batch(run, pool)      # [B, C, S, S] each, and phi
     mark()
     with run.autocast():
         maps = torch.cat(pix2rep.two_maps(f, t_x, phi_t_x, o.one_pass))    # [2B, width, S, S]

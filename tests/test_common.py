@@ -843,7 +843,7 @@ def test_help_shows_every_value_of_the_table(script, capsys, monkeypatch):
 def typed(value):
     """A value as --help shows it."""
     if isinstance(value, list):
-        return " ".join(typed(v) for v in value)
+        return " ".join(typed(v) for v in value) or "none"
     if isinstance(value, bool):
         return {True: "on", False: "off"}[value]
     return f"{value:.4g}" if isinstance(value, float) else str(value)
