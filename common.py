@@ -1263,10 +1263,10 @@ class Workers:
 
 def commit():
     """The commit of this repository, "and changes" where files were changed since; or unknown."""
-    here = Path(__file__).parent
+    git = ["git", "describe", "--always", "--abbrev=7", "--dirty= and changes"]
     try:
-        found = subprocess.run(["git", "describe", "--always", "--abbrev=7", "--dirty= and changes"],
-                               cwd=here, capture_output=True, text=True, check=True)
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True,
+                               check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()
