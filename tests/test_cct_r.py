@@ -568,9 +568,17 @@ def test_half_of_the_anchors_are_organ():
     assert len(cct_r.draw_anchors(known & False, organ, 40)) == 0
 
 
-def test_reps_anchors_have_a_place_and_fill_the_banks():
+def test_reps_anchors_have_a_place_and_fill_the_banks(monkeypatch):
     """Each network's features go to its bank, with the place and the volume of their pixel."""
     torch.manual_seed(0)
+    asked = []
+    loss = cct_r.reps_loss
+
+    def noted(z, y, *rest):
+        asked.append((z, y))
+        return loss(z, y, *rest)
+
+    monkeypatch.setattr(cct_r, "reps_loss", noted)
     o = argparse.Namespace(anchors=6, radius=8., temperature=.1)
     fine = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
     place = torch.full((2, 8, 8, 3), torch.nan)
@@ -578,6 +586,8 @@ def test_reps_anchors_have_a_place_and_fill_the_banks():
     place[0, 1::2, 1::2] = 3.                                      # never looked at
     organ = torch.zeros(2, 8, 8, dtype=torch.long)
     organ[:, :4] = 2
+    organ[:, 1::2] = 3                                             # odd pixels: never looked at
+    organ[:, :, 1::2] = 3
     volume = torch.tensor([7, 9])
     pixels = cct_r.Pixels([None] * 2, fine, [organ] * 2, [place] * 2, [volume] * 2)
     banks = [MemoryBank(10, 16, 3), MemoryBank(10, 16, 3)]
@@ -589,6 +599,10 @@ def test_reps_anchors_have_a_place_and_fill_the_banks():
         for z, spot in zip(bank.z[9, :6], bank.place[9, :6]):
             row, column = (place[1, ::2, ::2] == spot).all(-1).nonzero()[0].tolist()
             assert torch.allclose(z, own[:, row, column])
+    for (z, y), features in zip(asked, fine):
+        for one, k in zip(z, y):
+            row, column = (features[1] == one[:, None, None]).all(0).nonzero()[0].tolist()
+            assert k == organ[1, 2 * row, 2 * column]
     nowhere = pixels._replace(places=[place * torch.nan] * 2)
     assert cct_r.reps_terms(o, banks, nowhere) == 0
 
