@@ -1229,6 +1229,16 @@ def pair_row(run, registered, u, n):
     return row
 
 
+def registrations(run):
+    """{n: what registration knows with the first n labelled patients}, computed or read."""
+    begun = time.time()
+    registered = {n: Registered(run, n) for n in sorted(run.o.labelled)}
+    if not run.o.claims:                                           # a worker's parent has done this
+        run.log("registration", seconds=time.time() - begun)
+        write_registrations(run, registered[max(run.o.labelled)])
+    return registered
+
+
 def write_registrations(run, registered):
     """registration.csv, a line a pair; printed: means over all pairs, and over BRS's partners."""
     pairs = [(u, n) for u, n in registered.pairs if u != n]
@@ -1347,18 +1357,18 @@ def main(arguments=None):
         return common.predict_files(o)
     run = common.Run(o)
     check(run)
+    rows = run.choose("scratch", row_name(o))
     run.begin()
-    begun = time.time()
-    registered = {n: Registered(run, n) for n in sorted(o.labelled)}
-    run.log("registration", seconds=time.time() - begun)
-    write_registrations(run, registered[max(o.labelled)])
-    for row in run.rows("scratch", row_name(o)):
+    registered = registrations(run) if row_name(o) in rows else {}
+    for row in run.rows():
         if row.method == "scratch":
             run.score(row, finetune(run, row))
         else:
             students = train(run, row, registered[row.labelled])
             run.score(row, students.unet, Swin=students.swin)
     common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", row_name(o)))
+    if not registered:
+        return run.report("overlays.png", common.LOOK_ROWS)
     few = registered[min(o.labelled)]                              # the fewest labels show the most
     draw_registration(run, few)
     draw_correspondences(run, few)

@@ -5,7 +5,8 @@ Letters: B batch, C channels, K classes, V slices of a volume, N slices of a dat
 size, S network size. The lesson of each paper is in its own script; files and layouts are in
 data.py.
 """
-import argparse, csv, hashlib, io, json, math, os, platform, re, resource, shutil, sys, time
+import argparse, csv, hashlib, io, json, math, os, platform, re, resource, shutil, subprocess, sys
+import tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -458,6 +459,9 @@ RULE = ("Dice per volume and class at the volume's own resolution, mean over vol
         "both: left out; absent in one: Dice 0, no distance, 'missed'")
 
 
+LOOK_ROWS = "the networks of the rows asked for."
+
+
 def nanmean(values):
     """Mean of the values that are not nan; nan if there are none."""
     values = [v for v in values if not math.isnan(v)]
@@ -619,7 +623,8 @@ def load_start(path, unet):
 
 # What a resumed run may change: where things lie, what is printed or drawn, and which rows it has.
 FREE = {"resume", "device", "cache", "out", "predict", "checkpoint", "scratch", "paper", "given",
-        "method", "save_every", "labelled", "seeds", "mean_teacher", "no_peek", "peek_every"}
+        "method", "save_every", "labelled", "seeds", "mean_teacher", "no_peek", "peek_every",
+        "rows", "workers", "claims", "arguments"}
 
 # What the row "scratch" depends on, in every script; with equal ones it can be read by --scratch.
 BASELINE = ["data", "cases", "split", "precision", "width", "depth", "spacing", "size", "steps",
@@ -635,6 +640,11 @@ def _add_run_options(group, method):
     add("--split", choices=["test", "val"], default="test",
         help="patients to score [%(default)s]; choose options on val")
     add("--resume", action="store_true", help="go on with the run in --out; it may have more rows")
+    add("--rows", nargs="+", metavar="ROW", help="train these rows of the table only, as: scratch "
+        "(default: all; those that are done are read)")
+    add("--workers", type=int, default=1, metavar="N", help="train N rows at once, in processes of "
+        "their own that share the threads, or the GPU [%(default)s]")
+    add("--claims", help=argparse.SUPPRESS)                        # how a run tells its workers
     add("--save-every", type=int, default=200, help="steps between saves [%(default)s]")
     add("--init", metavar="FILE", help="start from this pretrained.pt (no pre-training here)")
     add("--scratch", metavar="RUN", help="read the rows that need no pre-training out of this "
@@ -699,6 +709,7 @@ def parse_options(method, doc, table, arguments=None, paper_also="", source="pap
     o.paper = getattr(o, "paper", False)
     o.method = method
     o.given = set(vars(o))
+    o.arguments = sys.argv[1:] if arguments is None else arguments
     for name, real, phantom, paper, _ in table:
         value = real
         if not o.data and phantom is not None:
@@ -803,8 +814,8 @@ class Run:
             (o.width < 1, f"--width {o.width}: use 1 or more"),
             (max(o.labelled) > most,
              f"--labelled {max(o.labelled)}: only {most} training patients have labels"),
-            (min(o.steps, o.save_every, o.batch, *o.labelled) < 1,
-             "--steps, --save-every, --batch and --labelled must be 1 or more"),
+            (min(o.steps, o.save_every, o.batch, o.workers, *o.labelled) < 1,
+             "--steps, --save-every, --batch, --workers and --labelled must be 1 or more"),
             (o.scratch and not Path(o.scratch).is_dir(),
              f"--scratch {o.scratch}: is not the folder of a run"),
         ])
@@ -829,6 +840,9 @@ class Run:
         self.train = self.dataset.of_patients(split["train"])
         for row in self.all_rows(self.baselines):
             self.shared(row)                                       # raises if it does not fit
+        if o.claims:                                               # a worker: its parent began
+            self.out = Path(o.out)
+            return
         self.out = start_run(o.out, vars(o), o.resume)
         print(f"{self.root}: {self.cases.layout}, {len(self.cases)} volumes, "
               f"{len(self.dataset.volume)} slices, classes {', '.join(self.classes)}")
@@ -877,6 +891,8 @@ class Run:
         phase: "pretrain" or the name of a row. modules: all that has weights or state.
         """
         path = self.out / ("pretraining.pt" if phase == "pretrain" else "finetuning.pt")
+        if self.o.claims:                                          # other workers train other rows
+            path = self.out / f"finetuning_{phase}.pt"
         begun = time.time()
         first = 0
         if self.o.resume and path.exists():
@@ -886,6 +902,8 @@ class Run:
                 begun -= state["seconds"]                          # of the runs before
         for step in trange(first, total, initial=first, total=total, desc=phase, disable=None):
             yield step
+            if self.o.claims and os.getppid() == 1:                # the parent was killed
+                sys.exit(1)
             if (step + 1) % self.o.save_every == 0 or step == total - 1:
                 save_checkpoint(path, method=self.o.method, options=self.kept(), phase=phase,
                                 seconds=time.time() - begun,
@@ -908,14 +926,36 @@ class Run:
 
     # ------------------------------------------------------------ rows
 
-    def rows(self, *methods):
+    def choose(self, *methods):
+        """The rows of the script's table, or those of them that --rows names. Raises DataError."""
+        chosen = self.o.rows or methods
+        for method in chosen:
+            refuse([(method not in methods,
+                     f"--rows {method}: is no row of this run; use some of {', '.join(methods)}")])
+        self.methods = methods
+        self.chosen = chosen
+        return chosen
+
+    def rows(self):
         """The rows that are still to be trained, one after another; finished ones are read."""
-        for row in self.all_rows(methods):
+        workers = None
+        if self.o.workers > 1 and not self.o.claims:
+            workers = Workers(self)
+        for row in self.all_rows(self.methods):
+            wanted = row.method in self.chosen
+            if self.o.claims:                                      # a worker: saved, not collected
+                if wanted and self.finished(row) is None and claim(self.o.claims, row):
+                    yield row
+                continue
+            if workers and wanted:
+                workers.wait(self.out / f"{row.name}.pt")
             content = self.finished(row)
-            if content is None:
-                yield row
-            else:
+            if content is not None:
                 self.collect(row, content)
+            elif wanted:
+                yield row
+        if self.o.claims:
+            sys.exit()                                             # the parent does the rest
 
     def all_rows(self, methods):
         """The rows of these methods in the order of the table."""
@@ -925,7 +965,7 @@ class Run:
     def checkpoint(self, row):
         """Where the network of a row that is done lies: in the run, or else in --scratch."""
         path = self.out / f"{row.name}.pt"
-        return path if path.exists() else Path(self.o.scratch) / f"{row.name}.pt"
+        return path if path.exists() else Path(self.o.scratch or self.out) / path.name
 
     def shared(self, row):
         """The checkpoint of a row in --scratch, or None. DataError if made otherwise."""
@@ -944,7 +984,7 @@ class Run:
     def finished(self, row):
         """The checkpoint of a row that is done, here (--resume) or in --scratch; else None."""
         path = self.out / f"{row.name}.pt"
-        if self.o.resume and path.exists():
+        if (self.o.resume or self.o.workers > 1) and path.exists():
             return load_checkpoint(path, self.o.method, self.kept())
         return self.shared(row)
 
@@ -964,7 +1004,10 @@ class Run:
         save_checkpoint(self.out / f"{row.name}.pt", **content)
         scoring = time.time() - begun
         self.log(row.name, seconds=self.seconds + scoring, seconds_scoring=scoring)
-        self.collect(row, content)
+        if self.o.claims:
+            (self.out / f"finetuning_{row.name}.pt").unlink(missing_ok=True)
+        else:
+            self.collect(row, content)
 
     def collect(self, row, content):
         """Add the scores of a row's checkpoint to metrics.json and per_volume.csv."""
@@ -983,10 +1026,15 @@ class Run:
     # ------------------------------------------------------------ the end
 
     def first_nets(self, build, *methods):
-        """{title: network} of these methods, with the fewest labels, which show the most."""
+        """{title: network} of these methods, with the fewest labels, which show the most.
+
+        A method without such a row (--rows) is left out.
+        """
         nets = {}
         for method in methods:
             row = Row(method, min(self.o.labelled), self.o.seeds[0])
+            if not self.checkpoint(row).exists():
+                continue
             net = build(load_checkpoint(self.checkpoint(row)))
             nets[f"{method}, {row.labelled} labelled"] = net.to(self.device).eval()
         return nets
@@ -1000,6 +1048,57 @@ class Run:
               f"{len(self.split[o.split])} {o.split} patients, mean ± std over {len(o.seeds)} "
               f"seeds; gain over scratch in Dice points; {seconds:.0f} s. Results in {self.out}/\n"
               f"Look at {self.out}/figures/{figure}: {words}")
+
+
+def claim(folder, row):
+    """Whether a worker is the first that takes this row: it makes the file that says so."""
+    try:
+        (Path(folder) / row.name).touch(exist_ok=False)
+        return True
+    except FileExistsError:
+        return False
+
+
+class Workers:
+    """--workers: N processes of the same command, each training the next row nobody has taken.
+
+    They share the threads and skip what is done; the run that started them reads their rows.
+    """
+    def __init__(self, run):
+        N = run.o.workers
+        threads = max(1, torch.get_num_threads() // N)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+        script = Path(__file__).with_name(f"{run.o.method}.py")
+        self.claims = tempfile.TemporaryDirectory()
+        command = [sys.executable, script, *run.o.arguments, "--resume"]
+        command += ["--claims", self.claims.name]
+        print(f"{N} workers, {threads} threads each", flush=True)
+        self.processes = []
+        for n in range(N):
+            with open(Path(self.claims.name) / f"worker{n}.err", "w") as errors:
+                process = subprocess.Popen(command, env=environment, stderr=errors,
+                                           stdout=subprocess.DEVNULL)
+            self.processes.append(process)
+
+    def wait(self, path):
+        """Until this file is there, or all workers have ended. DataError if one has failed."""
+        ended = False
+        while not path.exists() and not ended:
+            time.sleep(.2)
+            codes = [process.poll() for process in self.processes]
+            ended = None not in codes
+            for n, code in enumerate(codes):
+                if code:
+                    self.stop(n, code)
+
+    def stop(self, n, code):
+        """End all workers, and raise what the n-th said last."""
+        for process in self.processes:
+            process.terminate()
+            process.wait()
+        lines = (Path(self.claims.name) / f"worker{n}.err").read_text().strip().splitlines()
+        said = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+        raise DataError(f"--workers: one has stopped: {said}; go on with --resume")
 
 
 def run_main(main):
@@ -1030,7 +1129,8 @@ def start_run(out, options, resume):
     """Make the folder of a run and write options.json. Without `resume` no run is touched."""
     out = make_folder(Path(out) / "figures").parent
     path = out / "options.json"
-    options = {k: v for k, v in options.items() if k not in ("given", "method", "resume")}
+    leave = ("given", "method", "resume", "claims", "arguments")
+    options = {k: v for k, v in options.items() if k not in leave}
     if path.exists() and not resume:
         raise DataError(f"{out}: holds a run already; add --resume to go on with it, "
                         "or give another --out")
@@ -1087,7 +1187,9 @@ def without_nan(x):
 def write_results(run):
     """metrics.json and per_volume.csv from all rows that are done."""
     unit = 1024 if platform.system() == "Linux" else 1024 ** 2     # of ru_maxrss: KiB, or bytes
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    used = [resource.getrusage(who).ru_maxrss
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    memory = max(used) / unit                                      # of one process
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__}
     metrics = {"rule": RULE, "classes": run.classes, "rows": run.runs, "summary": run.summary,

@@ -436,15 +436,18 @@ def main(arguments=None):
         return common.predict_files(o)
     run = common.Run(o)
     check(run)
-    run.begin()
-    large = common.prepare(run.cases, o.spacing, o.pretrain_size, o.cache)
-    start = run.pretrained() or pretrain(run, large)
     is_pcl = o.decoder_blocks == o.lambda2 == o.lambda3 == 0
     ours = "pcl" if is_pcl else METHOD
-    for row in run.rows("scratch", ours):
+    rows = run.choose("scratch", ours)
+    run.begin()
+    large = common.prepare(run.cases, o.spacing, o.pretrain_size, o.cache)
+    start = run.pretrained() or (pretrain(run, large) if ours in rows else None)
+    for row in run.rows():
         unet = finetune(run, row, start if row.method == ours else None)
         run.score(row, unet)
     common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", ours))
+    if not start:
+        return run.report("overlays.png", common.LOOK_ROWS)
     draw_heat(run, start)
     if o.init:                                                     # no heads of these options
         return run.report("heat.png", LOOK_INIT)

@@ -16,9 +16,7 @@ Paper, code, and what we chose. [paper]: MIDL 2024; [v2]: Pix2Rep-v2, arXiv 2609
 published code, which has the contrastive loss only and does not run as it stands; [ours]: silent
 there, or changed by us. What came out: results/pix2rep.md.
  1. Symmetric InfoNCE (the names of the equations are ours) over the 2n vectors of n pixels sampled
-    from the whole batch, without replacement, n = 1000, tau = 0.53 [code]; tau = 0.1, n / B pixels
-    from every image, with replacement, so that about 7 of 1000 occur twice and repel themselves
-    [ours].
+    from the whole batch, without replacement, n = 1000, tau = 0.53 [code]; tau = 0.1 [ours].
  2. Barlow Twins over all valid pixels of the batch, lambda = 5e-3, d = 256 [v2]; d = 64 [ours].
  3. The ground-truth trap: the published code crops every volume with the box of its ground-truth
     mask, at test time too, and pre-trains without the slices whose mask is empty: both leak the
@@ -31,8 +29,8 @@ there, or changed by us. What came out: results/pix2rep.md.
     flips [code]; crop 0.7 to 1 [ours]. One grid moves the image and the features.
  6. phi comes after the projector g, and each view has a forward pass of its own [code]. g and our
     widening layer see single pixels, so phi comes before them, on the narrow map of the U-Net: the
-    same up to interpolation and batch statistics, and a fraction of the cost. The two views share a
-    forward pass and its batch statistics [ours].
+    same up to interpolation and batch statistics, and a fraction of the cost [ours]. Each view has
+    a pass and batch statistics of its own here too (`--one-pass`: one for both).
  7. t, t': noise, blur, gamma, bias field, inversion [code]; `common.photometric`, which all our
     methods use, without inversion (`--inversion`; it slowed learning down) [ours].
  8. U-Net of width 64 with 5 poolings; a double convolution makes its map of D = 1024 channels
@@ -96,6 +94,7 @@ OPTIONS = [
     ("lam", 5e-3, None, None, "lambda of Barlow Twins (v2: 5e-3)"),
     ("pretrain_rotation", math.pi / 2, None, math.pi / 2, "largest rotation of phi in rad"),
     ("crop", [.7, 1.], None, [.33, .95], "sides of phi's crop, smallest and largest, of 1"),
+    ("one_pass", False, None, None, "ablation: both views share a pass and its batch statistics"),
     ("inversion", 0., None, .35, "probability that t inverts intensities"),
     ("probe_steps", 300, 120, None, "steps of the 1x1 head (code: 200 epochs)"),
     ("probe_lr", 3e-2, None, 7.6e-3, "of the head on a frozen backbone, AdamW, cosine to 0"),
@@ -135,8 +134,7 @@ def check(run):
          "--projection must be 1 or more"),
         (o.mean_teacher and o.batch < 2,
          f"--batch {o.batch}: --mean-teacher needs 2 or more, half of them unlabelled"),
-        (o.pixels < 2 * o.pretrain_batch,
-         f"--pixels {o.pixels}: use at least two an image, {2 * o.pretrain_batch} or more"),
+        (o.pixels < 2, f"--pixels {o.pixels}: use 2 or more"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (len(o.crop) != 2 or not 0 < o.crop[0] <= o.crop[-1] <= 1,
          f"--crop {' '.join(map(str, o.crop))}: use the smallest and largest side, in (0, 1]"),
@@ -293,9 +291,9 @@ def random_intensity(x, inversion):
 
 
 def view_batch(run):
-    """The two views of B random slices, with phi: (views, grid, valid).
+    """The two views of B random slices, with phi: (t(x), phi(t'(x)), grid, valid).
 
-    views [2B, C, S, S]: t(x), then phi(t'(x)); grid [B, S, S, 2]; valid [B, S, S].
+    Views [B, C, S, S]; grid [B, S, S, 2]; valid [B, S, S].
     """
     o = run.o
     pick = common.random_slices(run.train, o.pretrain_batch)
@@ -303,30 +301,33 @@ def view_batch(run):
     grid, valid = random_affine(len(x), o.size, o.pretrain_rotation, o.crop, run.device)
     t_x = random_intensity(x, o.inversion)
     phi_t_x = warp(random_intensity(x, o.inversion), grid)
-    views = torch.cat([t_x, phi_t_x])                              # [2B, C, S, S]
-    return common.channels_last(views), grid, valid
+    return common.channels_last(t_x), common.channels_last(phi_t_x), grid, valid
 
 
 def pixel_pairs(f_a, f_b, grid, valid, n=None):
-    """The vectors (phi(f_a), f_b) of the same n valid pixels, n / B random ones of every image.
+    """The vectors (phi(f_a), f_b) of the same n valid pixels of the batch, none of them twice.
 
     f_a, f_b: maps [B, W, S, S] of the trunk, W = --width; f_a is moved by the very grid that moved
-    the image. Returns two [n, W]; without n all valid pixels, two [P, W].
+    the image. Returns two [n, W]; without n, or if there are fewer, of all valid pixels, [P, W].
     """
+    moved = warp(f_a, grid)                                        # phi(f_a), [B, W, S, S]
+    a = moved.movedim(1, -1)[valid]                                # [P, W]
+    b = f_b.movedim(1, -1)[valid]
     if n is None:
-        moved = warp(f_a, grid).movedim(1, -1)                     # [B, S, S, W]
-        return moved[valid], f_b.movedim(1, -1)[valid]             # [P, W] each
-    B, W = f_a.shape[:2]
-    weights = valid.flatten(1).float().cpu()                       # [B, S S]
-    place = torch.multinomial(weights, n // B, replacement=True)   # [B, n/B]
-    place = place.to(f_a.device)
-    # phi(f_a), computed only where it is needed: f_a at the pre-images of these pixels
-    twice = place[..., None].expand(-1, -1, 2)                     # [B, n/B, 2]
-    there = grid.flatten(1, 2).gather(1, twice)                    # [B, n/B, 2]
-    a = warp(f_a, there[:, :, None])[..., 0]                       # [B, W, n/B]
-    every = place[:, None].expand(-1, W, -1)                       # [B, W, n/B]
-    b = f_b.flatten(2).gather(2, every)                            # [B, W, n/B]
-    return a.movedim(1, -1).flatten(0, 1), b.movedim(1, -1).flatten(0, 1)  # [n, W] each
+        return a, b
+    some = torch.randperm(len(a))[:n].to(a.device)                 # [n], without replacement [code]
+    return a[some], b[some]
+
+
+def two_maps(f, t_x, phi_t_x, one_pass):
+    """The trunk's maps of both views, float32 [B, W, S, S] each, with batch statistics of their own.
+
+    one_pass: with those of both views together (an ablation).
+    """
+    if one_pass:
+        both = torch.cat([t_x, phi_t_x])                           # [2B, C, S, S]
+        return f.trunk(common.channels_last(both)).float().chunk(2)
+    return f.trunk(t_x).float(), f.trunk(phi_t_x).float()
 
 
 def pretrain(run):
@@ -343,13 +344,15 @@ def pretrain(run):
     for step in run.steps("pretrain", T, (f, g), optimiser):
         warm_up = min(1, (step + 1) / (.05 * T))                   # 5 % of the steps [v2]
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * warm_up * cosine(step, T)
-        views, grid, valid = view_batch(run)                       # [2B, C, S, S] and phi
+        t_x, phi_t_x, grid, valid = view_batch(run)                # [B, C, S, S] each, and phi
         # Z = g(phi(f(t(x)))), Z' = g(f(phi(t'(x))))    (the code: phi(g(f(t(x)))), see no. 6)
         with run.autocast():
-            map_a, map_b = f.trunk(views).float().chunk(2)         # [B, W, S, S] each
-            pairs = pixel_pairs(map_a, map_b, grid, valid, n)      # [n, W] each; Barlow: n = P
-            vectors = f.widen(torch.cat(pairs))                    # [2n, D]
-            z_a, z_b = g(vectors).chunk(2)                         # [n, d] each
+            map_a, map_b = two_maps(f, t_x, phi_t_x, o.one_pass)   # [B, W, S, S] each
+            a, b = pixel_pairs(map_a, map_b, grid, valid, n)       # [n, W] each; Barlow: n = P
+            f_a = f.widen(a)                                       # [n, D]
+            f_b = f.widen(b)
+            z_a = g(f_a)                                           # [n, d]
+            z_b = g(f_b)
         if o.loss == "infonce":
             loss = info_nce_loss(z_a, z_b, o.temperature)
         else:
@@ -358,6 +361,7 @@ def pretrain(run):
         loss.backward()
         optimiser.step()
         if step % 50 == 0:
+            vectors = torch.cat([f_a, f_b])                        # [2n, D]
             run.log("pretrain", step=step, loss=loss, **collapse(o, z_a, z_b, vectors))
     return run.save_pretrained(unet=f.unet.state_dict(), parts=["encoder", "decoder"],
                                widen=f.widen.state_dict(), projector=g.state_dict())
@@ -674,19 +678,23 @@ def main(arguments=None):
         return common.predict_files(o, build)
     run = common.Run(o)
     check(run)
-    run.begin()
-    start = run.pretrained() or pretrain(run)
     methods = ["scratch", "random-probe", "probe", "pix2rep"]
     if o.mean_teacher:
         methods += ["scratch-mt", "pix2rep-mt"]
-    for row in run.rows(*methods):
+    rows = run.choose(*methods)
+    run.begin()
+    wanted = any(method in rows for method in PRETRAINED)
+    start = run.pretrained() or (pretrain(run) if wanted else None)
+    for row in run.rows():
         train = linear_probe if row.method.endswith("probe") else finetune
         net = train(run, row, start if row.method in PRETRAINED else None)
         run.score(row, net)
     common.draw_overlays(run, run.first_nets(build, "scratch", "probe", "pix2rep"))
+    if not start:
+        return run.report("overlays.png", common.LOOK_ROWS)
     draw_similarity(run, start)
     draw_embeddings(run, start)
-    if len(set(o.labelled)) > 1:
+    if len(o.labelled) > 1 and {"scratch", METHOD} <= {r["method"] for r in run.runs}:
         draw_annotation_saved(run)
     run.report("embeddings.png", LOOK)
 

@@ -409,12 +409,15 @@ def main(arguments=None):
         return common.predict_files(o)
     run = common.Run(o)
     check(run)
+    rows = run.choose("scratch", "sal")
     run.begin()
-    start = run.pretrained() or pretrain(run)
-    for row in run.rows("scratch", "sal"):
+    start = run.pretrained() or (pretrain(run) if "sal" in rows else None)
+    for row in run.rows():
         unet = finetune(run, row, start if row.method == "sal" else None)
         run.score(row, unet)
     common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", "sal"))
+    if not start:
+        return run.report("overlays.png", common.LOOK_ROWS)
     if o.init:
         return run.report("overlays.png", LOOK_INIT)
     draw_matches(run, start)

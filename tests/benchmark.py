@@ -219,10 +219,10 @@ def pix2rep_step(run, nets, optimiser, mark):
     o = run.o
     f, g = nets
     n = o.pixels if o.loss == "infonce" else None
-    views, grid, valid = pix2rep.view_batch(run)                   # [2B, C, S, S] and phi
+    t_x, phi_t_x, grid, valid = pix2rep.view_batch(run)            # [B, C, S, S] each, and phi
     mark()
     with run.autocast():
-        maps = f.trunk(views).float()                              # [2B, width, S, S]
+        maps = torch.cat(pix2rep.two_maps(f, t_x, phi_t_x, o.one_pass))    # [2B, width, S, S]
     mark()
     maps_cut = cut(maps)
     with run.autocast():

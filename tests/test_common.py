@@ -1038,7 +1038,8 @@ def test_pretrained_is_kept_for_a_resumed_run(phantom, tmp_path):
 def fill(run):
     """Score a random network for every row that is still to do; returns their names."""
     names = []
-    for row in run.rows("scratch", "other"):
+    run.choose("scratch", "other")
+    for row in run.rows():
         torch.manual_seed(zlib.crc32(row.name.encode()))           # a network of its own
         run.score(row, run.unet())
         names.append(row.name)
@@ -1145,18 +1146,21 @@ def test_scratch_of_other_options_is_refused(option, value, why, filled, phantom
 def test_a_run_of_nothing_but_scratch_rows_of_another(filled, phantom, tmp_path):
     """Nothing was trained yet, so nothing was logged: --init beside --scratch begins like this."""
     run = opened(phantom, tmp_path, "--scratch", filled[0] / "o")
-    assert list(run.rows("scratch")) == []
+    run.choose("scratch")
+    assert list(run.rows()) == []
     assert list(results(run)) == [("scratch", 1, 0)]
 
 
 def test_networks_beside_the_first_have_rows_of_their_own(phantom, tmp_path):
     run = opened(phantom, tmp_path)
-    for row in run.rows("other"):
+    run.choose("other")
+    for row in run.rows():
         run.score(row, run.unet(), swin=Everywhere(1, 4))
     assert list(results(run)) == [("other", 1, 0), ("other, swin", 1, 0)]
     assert results(run)[("other, swin", 1, 0)]["missed"] == 4      # Myo and LV of two volumes
     again = opened(phantom, tmp_path, "--resume")
-    assert list(again.rows("other")) == []
+    again.choose("other")
+    assert list(again.rows()) == []
     assert results(again) == results(run)
 
 
