@@ -790,6 +790,7 @@ class Run:
         self.runs = []                                             # rows of metrics.json
         self.volume_rows = []                                      # rows of per_volume.csv
         self.seconds = 0.                                          # of the last training loop
+        self.parent = os.getppid()                                 # the process that started this
 
     def check(self):
         """Fit the default --labelled to the data; refuse what is impossible. Raises DataError."""
@@ -902,7 +903,7 @@ class Run:
                 begun -= state["seconds"]                          # of the runs before
         for step in trange(first, total, initial=first, total=total, desc=phase, disable=None):
             yield step
-            if self.o.claims and os.getppid() == 1:                # the parent was killed
+            if self.o.claims and os.getppid() != self.parent:      # a worker's parent was killed
                 sys.exit(1)
             if (step + 1) % self.o.save_every == 0 or step == total - 1:
                 save_checkpoint(path, method=self.o.method, options=self.kept(), phase=phase,
@@ -1044,6 +1045,9 @@ class Run:
         o = self.o
         draw_dice_curve(self.summary, self.out / "figures/dice.png")
         seconds = sum(seconds_by_phase(self.out).values())
+        typed = " ".join(o.arguments)
+        write_atomic(self.out / "run.txt", f"commit {commit()}; python {o.method}.py {typed}; "
+                     f"{machine(self.device)}; {seconds / 60:.0f} min\n")
         print(f"\n{table(self.summary, self.gains, self.classes)}\n{RULE}.\n"
               f"{len(self.split[o.split])} {o.split} patients, mean ± std over {len(o.seeds)} "
               f"seeds; gain over scratch in Dice points; {seconds:.0f} s. Results in {self.out}/\n"
@@ -1099,6 +1103,29 @@ class Workers:
         lines = (Path(self.claims.name) / f"worker{n}.err").read_text().strip().splitlines()
         said = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
         raise DataError(f"--workers: one has stopped: {said}; go on with --resume")
+
+
+def commit():
+    """The commit of this repository, "and changes" where files were changed since; or unknown."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--abbrev=7", "--dirty= and changes"],
+                               cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def machine(device):
+    """What the run ran on: GPU or processor, cores, threads."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = re.findall(r"model name\s*: (.*)", info.read_text())
+        name = models[0] if models else name
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def run_main(main):

@@ -52,8 +52,8 @@ there, or changed by us. What came out: results/pix2rep.md.
     do so where 5 divides n, and else take the split's order, as our other methods do [ours].
 14. The best checkpoint on validation patients is scored [code]; we score the last. One pre-training
     serves all seeds, so the spread over seeds is that of fine-tuning [ours].
-15. Fig. 2 has several chosen queries on test images [paper]; ours has the middle pixel, on
-    validation patients. Fig. 4 is coloured by PCA instead of t-SNE [ours].
+15. Fig. 2 has several chosen queries on test images [paper]; ours the middle pixel of each class.
+    Fig. 4 reduces the vectors to a plane by t-SNE [paper]; ours by PCA.
 
 Letters: B slices in a batch, n sampled pixels, P valid pixels, C channels of an image, D of the
 output map, W of the trunk's, d of the projector, S network size, V slices in a figure, U unlabelled
@@ -320,9 +320,9 @@ def pixel_pairs(f_a, f_b, grid, valid, n=None):
 
 
 def two_maps(f, t_x, phi_t_x, one_pass):
-    """The trunk's maps of both views, float32 [B, W, S, S] each, with batch statistics of their own.
+    """The trunk's maps of both views, float32 [B, W, S, S] each: a pass for each view.
 
-    one_pass: with those of both views together (an ablation).
+    one_pass: one for both, which then share their batch statistics (an ablation).
     """
     if one_pass:
         both = torch.cat([t_x, phi_t_x])                           # [2B, C, S, S]
@@ -574,65 +574,119 @@ def pixel_embeddings(run, images, start=None):
     return F.normalize(f(images).float(), dim=1).cpu()
 
 
-def draw_similarity(run, start):
-    """similarity.png (Fig. 2): a query pixel, and how similar the pixels of other patients are.
+def chosen_queries(label, S):
+    """[(y, x, class)]: of each class in the label [S, S] the pixel nearest to its centre.
 
-    Cosine similarity before and after pre-training, with the best matches.
+    At most three; without a label the middle pixel. Labels choose what is drawn, nothing else.
+    """
+    queries = []
+    for k in range(1, min(4, int(label.max()) + 1)):
+        pixels = (label == k).nonzero().float()                    # [P, 2]
+        if len(pixels):
+            nearest = (pixels - pixels.mean(0)).norm(dim=1).argmin()
+            y, x = pixels[nearest].int().tolist()
+            queries.append((y, x, k))
+    return queries or [(S // 2, S // 2, 0)]
+
+
+def draw_similarity(run, start):
+    """similarity.png (Fig. 2): some query pixels, and how similar the pixels of others are to them.
+
+    Cosine similarity in slices of two other scored patients, before and after pre-training; o marks
+    the best match.
     """
     S = run.o.size
-    q = S // 2                                                     # the query: the middle pixel
-    patients = run.split["val"][:5]
+    patients = run.split[run.o.split][:3]
     numbers = common.middle_slices(run.dataset, patients)
     images = run.dataset.image(numbers, run.device)                # [V, C, S, S]
     picture = images[:, 0].cpu()                                   # [V, S, S]
-    figure, axes = common.new_figure(3, len(images))
-    common.show(axes[0, 0], picture[0], title=f"query: {patients[0]}")
-    axes[0, 0].plot(q, q, "o", color="tab:green", mec="white")
-    for v in range(1, len(images)):
-        title = f"{patients[v]}: best match\nX before, o after"
-        common.show(axes[0, v], picture[v], title=title)
-    looks = [("before", None, "X", "tab:red"), ("after", start, "o", "tab:green")]
-    for row, (when, weights, mark, colour) in enumerate(looks, 1):
-        maps = pixel_embeddings(run, images, weights)              # [V, D, S, S]
-        sim = torch.einsum("d,vdhw->vhw", maps[0, :, q, q], maps)  # [V, S, S]
-        for v in range(len(images)):
-            axes[row, v].imshow(sim[v], cmap="magma", vmin=-.2, vmax=1)
-            axes[row, v].set_title(f"similarity {when}", fontsize=8)
-            if v:
-                y, x = divmod(int(sim[v].argmax()), S)
-                axes[0, v].plot(x, y, mark, color=colour, mec="white")
+    label = run.dataset.label(numbers)[0]                          # [S, S]
+    queries = chosen_queries(label * (label < 255), S)             # 255: no label
+    before = pixel_embeddings(run, images)                         # [V, D, S, S]
+    after = pixel_embeddings(run, images, start)
+    figure, axes = common.new_figure(len(queries), 1 + 3 * (len(images) - 1))
+    for row, (y, x, k) in zip(axes, queries):
+        common.show(row[0], picture[0], title=f"query in {patients[0]}\n{run.classes[k]}")
+        mark_pixel(row[0], y, x)
+        for v in range(1, len(images)):
+            panels = row[3 * v - 2:3 * v + 1]
+            common.show(panels[0], picture[v], title=f"{patients[v]}\nbest match, after")
+            for axis, maps, when in zip(panels[1:], (before, after), ("before", "after")):
+                sim = torch.einsum("d,dhw->hw", maps[0, :, y, x], maps[v])     # [S, S]
+                best = divmod(int(sim.argmax()), S)
+                axis.imshow(sim, cmap="magma", vmin=-.2, vmax=1)
+                axis.set_title(f"similarity\n{when}", fontsize=8)
+                mark_pixel(axis, *best)
+            mark_pixel(panels[0], *best)                           # of the last, after
     common.save_figure(figure, run.out / "figures/similarity.png")
 
 
-def principal_colours(maps):
-    """The vectors of all pixels as colours, by PCA (ours): [V, D, S, S] -> [V, S, S, 3]."""
+def mark_pixel(axis, y, x):
+    """A green dot at a pixel of an image."""
+    axis.plot(x, y, "o", color="tab:green", mec="white")
+
+
+def principal_plane(maps):
+    """Vectors [V, D, S, S] in the plane of their largest variance: [V, S, S, 2].
+
+    By PCA (the paper: t-SNE); 1 and 99 % of each coordinate come to 0 and 1, and beyond is cut.
+    """
     x = maps.movedim(1, -1)                                        # [V, S, S, D]
     x = x - x.mean((0, 1, 2))
     flat = x.flatten(0, 2)                                         # [V S S, D]
     _, axis = torch.linalg.eigh(flat.T @ flat)                     # [D, D], largest variance last
-    colours = x @ axis[:, -3:].flip(1)                             # [V, S, S, 3]
-    ends = torch.tensor([.02, .98])
-    lo, hi = colours.flatten(0, 2).quantile(ends, dim=0)           # [3] each
-    return ((colours - lo) / (hi - lo)).clamp(0, 1)
+    plane = x @ axis[:, -2:].flip(1)                               # [V, S, S, 2]
+    ends = torch.tensor([.01, .99])
+    lo, hi = plane.flatten(0, 2).quantile(ends, dim=0)             # [2] each
+    return ((plane - lo) / (hi - lo)).clamp(0, 1)
+
+
+def plane_colours(plane):
+    """A colour for each place of the plane, the key of Fig. 4: [..., 2] in [0, 1] -> [..., 3].
+
+    Its corners are blue, red, green and yellow, with what lies between mixed.
+    """
+    corners = torch.tensor([[[.1, .2, .9], [.9, .1, .2]], [[.1, .7, .4], [1., .9, .2]]])
+    u = plane[..., :1]
+    v = plane[..., 1:]
+    low = corners[0, 0] * (1 - u) + corners[0, 1] * u              # [..., 3]
+    high = corners[1, 0] * (1 - u) + corners[1, 1] * u
+    return low * (1 - v) + high * v
 
 
 def draw_embeddings(run, start):
-    """embeddings.png (Fig. 4): the vectors of all pixels as colours, beside image and label."""
-    patients = run.split["val"][:4]
+    """embeddings.png (Fig. 4): the vectors of all pixels as colours, beside image and label.
+
+    Below: the same vectors as points of the plane that gives them their colour, and by label.
+    """
+    patients = run.split[run.o.split][:3]
     numbers = common.middle_slices(run.dataset, patients)
     images = run.dataset.image(numbers, run.device)                # [V, C, S, S]
     label = run.dataset.label(numbers)                             # [V, S, S]
     label = label * (label < 255)                                  # 255: no label
-    before = principal_colours(pixel_embeddings(run, images))      # [V, S, S, 3]
-    after = principal_colours(pixel_embeddings(run, images, start))
-    figure, axes = common.new_figure(len(images), 4)
+    before = principal_plane(pixel_embeddings(run, images))        # [V, S, S, 2]
+    after = principal_plane(pixel_embeddings(run, images, start))
+    figure, axes = common.new_figure(len(images) + 1, 4)
     for v, patient in enumerate(patients):
         picture = images[v, 0].cpu()
         common.show(axes[v, 0], picture, title=patient)
         common.show(axes[v, 1], picture, label[v], len(run.classes), "label")
-        common.show(axes[v, 2], before[v], title="vectors before")
-        common.show(axes[v, 3], after[v], title="vectors after")
+        common.show(axes[v, 2], plane_colours(before[v]), title="vectors before")
+        common.show(axes[v, 3], plane_colours(after[v]), title="vectors after")
+    K = len(run.classes)
+    by_label = {"c": label.flatten(), "cmap": "viridis", "vmin": 0, "vmax": max(2, K - 1)}
+    scatter(axes[-1, 0], before, by_label, "plane before, by label")
+    scatter(axes[-1, 1], after, by_label, "plane after, by label")
+    scatter(axes[-1, 2], before, {"c": plane_colours(before).flatten(0, 2)}, "before, colour key")
+    scatter(axes[-1, 3], after, {"c": plane_colours(after).flatten(0, 2)}, "after, colour key")
     common.save_figure(figure, run.out / "figures/embeddings.png")
+
+
+def scatter(axis, plane, colours, title):
+    """The pixels of a plane [V, S, S, 2] as points."""
+    u, v = plane.flatten(0, 2).T                                   # [V S S] each
+    axis.scatter(u, v, s=.5, **colours)
+    axis.set_title(title, fontsize=8)
 
 
 def draw_annotation_saved(run):

@@ -1,10 +1,17 @@
 """Tables of finished runs; those on the pages come from the runs that are kept in results/runs/.
 
-    python results/tables.py RUN [RUN ...]   print the rows of these runs as one table
+    python results/tables.py RUN [RUN ...]   print these runs as one table, and draw tables.png
     python results/tables.py                 write the tables of the pages and the README anew
     python results/tables.py --check         exit code 1 where a page differs from its runs
+    python results/tables.py --keep RUN ...  copy what a table needs of these runs to results/runs/
 
-On a page a table stands between `<!-- runs: NAME NAME ... -->` and `<!-- end -->`. Needs no torch.
+On a page a table stands between one of these lines and `<!-- end -->`:
+
+    <!-- runs: NAME NAME ... -->                        every row of these runs, with gains
+    <!-- dice 1 3 7: TITLE = NAME METHOD; ... -->       mean Dice against labelled patients
+    <!-- commands: NAME NAME ... -->                    how these runs were made
+
+NAME is a folder of results/runs/. A cell that no run backs says "not run". Needs no torch.
 
 Gain: over the row "scratch" of the same run, in Dice points, of every seed; and its mean with a
 paired interval over patients: the Dice of a patient's volumes is averaged over classes, volumes and
@@ -19,7 +26,9 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-TABLE = re.compile(r"(<!-- runs: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = r"(<!-- (runs|dice|commands)([^:>]*): ([^>]*?) -->\n).*?(<!-- end -->)"
+TABLE = re.compile(MARKED, re.DOTALL)
+KEPT = ["options.json", "metrics.json", "per_volume.csv", "run.txt"]
 
 
 class RunError(Exception):
@@ -104,6 +113,96 @@ def table(runs):
     return "\n".join(lines) + "\n"
 
 
+def summary_row(run, method, labelled):
+    """The line of a run's summary for this method and number of patients, or None."""
+    for row in run["metrics"]["summary"]:
+        if (row["method"], row["labelled"]) == (method, labelled):
+            return row
+    return None
+
+
+def dice_cell(folder, method, labelled):
+    """Mean Dice, ± over seeds; a single seed is marked; "not run" without run or row."""
+    if not folder.is_dir():
+        return "not run"
+    row = summary_row(read_run(folder), method, labelled)
+    if row is None:
+        return "not run"
+    return number(row["mean_dice"], ".3f") + " (1 seed)" * (row["n"] == 1)
+
+
+def dice_table(labelled, lines):
+    """Mean Dice of "TITLE = NAME METHOD; ..." against the numbers of labelled patients."""
+    heads = ["", *map(str, labelled)]
+    rows = ["| " + " | ".join(heads).lstrip() + " |", "| --- " * len(heads) + "|"]
+    for line in lines.split(";"):
+        title, source = line.split("=")
+        name, method = source.split(maxsplit=1)
+        folder = HERE / "runs" / name
+        cells = [dice_cell(folder, method.strip(), n) for n in labelled]
+        rows.append("| " + " | ".join([title.strip(), *cells]) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def commands(names):
+    """The command, commit, machine and minutes of each run, a line each."""
+    lines = []
+    for name in names:
+        commit, command, machine, minutes = read_text(HERE / "runs" / name / "run.txt").split("; ")
+        lines.append(f"- `{command}` ({commit}; {machine}; {minutes.strip()})")
+    return "\n".join(lines) + "\n"
+
+
+def read_text(path):
+    """The text of a file. Raises RunError."""
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def draw(runs, path):
+    """Mean Dice against labelled patients, a line a method and run, bars of one std over seeds."""
+    import matplotlib                                              # here: a second to import
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    drawn = set()
+    for run in runs:
+        summary = run["metrics"]["summary"]
+        for method in dict.fromkeys(row["method"] for row in summary):
+            rows = [row for row in summary if row["method"] == method]
+            rows.sort(key=lambda row: row["labelled"])
+            labelled = [row["labelled"] for row in rows]
+            dice = [row["mean_dice"]["mean"] for row in rows]
+            std = [row["mean_dice"]["std"] or 0 for row in rows]
+            if (method, *dice) in drawn:                           # scratch of several runs
+                continue
+            drawn.add((method, *dice))
+            label = f"{method} ({run['name']})" if len(runs) > 1 else method
+            axis.errorbar(labelled, dice, std, marker="o", capsize=3, label=label)
+            axis.set_xscale("log")
+            axis.set_xticks(labelled, labelled)
+    axis.minorticks_off()
+    axis.set(xlabel="labelled patients", ylabel="mean Dice")
+    axis.grid(alpha=.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def keep(folder):
+    """Copy the small files of a finished run to results/runs/, without the path of its data."""
+    options = read_run(folder)["options"]
+    kept = HERE / "runs" / folder.name
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        text = read_text(folder / name)
+        if options["data"]:
+            text = text.replace(options["data"], f"path/to/{Path(options['data']).name}")
+        (kept / name).write_text(text)
+
+
 def pages():
     """The README and the pages of results/."""
     return [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]
@@ -112,8 +211,14 @@ def pages():
 def rewritten(page):
     """The text of a page with its tables made from results/runs/."""
     def fresh(found):
-        runs = [read_run(HERE / "runs" / name) for name in found[2].split()]
-        return found[1] + table(runs) + found[3]
+        start, kind, numbers, content, end = found.groups()
+        if kind == "dice":
+            made = dice_table([int(n) for n in numbers.split()], content)
+        elif kind == "commands":
+            made = commands(content.split())
+        else:
+            made = table([read_run(HERE / "runs" / name) for name in content.split()])
+        return start + made + end
     return TABLE.sub(fresh, page.read_text())
 
 
@@ -124,8 +229,15 @@ def main(words):
             raise RunError(f"{', '.join(wrong)}: not what the runs say; "
                            "run python results/tables.py")
         return
+    if words[:1] == ["--keep"]:
+        for word in words[1:]:
+            keep(Path(word))
+        return
     if words:
-        print(table([read_run(Path(word)) for word in words]), end="")
+        runs = [read_run(Path(word)) for word in words]
+        print(table(runs), end="")
+        draw(runs, "tables.png")
+        print("drawn: tables.png")
         return
     for page in pages():
         page.write_text(rewritten(page))

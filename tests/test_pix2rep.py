@@ -738,7 +738,6 @@ def test_build_gives_back_the_network(method, begun):
     (["--size", 48, "--depth", 5], "--size 48: use a multiple of 32"),
     (["--depth", 0], "--depth 0"),
     (["--loss", "simclr"], "--loss simclr: use infonce or barlow"),
-    (["--pixels", 4], "--pixels 4: .* 8 or more"),
     (["--temperature", 0], "--temperature 0.0"),
     (["--crop", .9, .3], "--crop 0.9 0.3"),
     (["--crop", .9], "--crop 0.9: "),
@@ -762,3 +761,42 @@ def test_bad_starts(finished, begun, phantom, tmp_path):
     refused(run("pix2rep", *words, "--init", finished("sal")[0] / "pretrained.pt", cwd=work),
             "checkpoint of sal, not of pix2rep")
     assert not (tmp_path / "o").exists()
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def test_queries_are_the_middle_of_each_class():
+    label = torch.zeros(7, 9, dtype=torch.long)
+    label[1:4, 1:4] = 1                                            # its centre is (2, 2)
+    label[5, 2:7] = 3                                              # class 2 is absent
+    assert pix2rep.chosen_queries(label, 9) == [(2, 2, 1), (5, 4, 3)]
+    ring = torch.ones(5, 5, dtype=torch.long)
+    ring[1:4, 1:4] = 0                                             # the centre is not of the class
+    y, x, k = pix2rep.chosen_queries(ring, 5)[0]
+    assert ring[y, x] == k == 1
+    assert pix2rep.chosen_queries(torch.zeros(8, 8, dtype=torch.long), 8) == [(4, 4, 0)]
+
+
+def test_the_plane_is_that_of_largest_variance():
+    """Two channels vary, the third does not: the plane has the first two, largest first."""
+    torch.manual_seed(0)
+    maps = torch.zeros(2, 3, 8, 8)
+    maps[:, 2] = 4 * torch.rand(2, 8, 8)
+    maps[:, 0] = torch.rand(2, 8, 8)
+    plane = pix2rep.principal_plane(maps)
+    assert plane.shape == (2, 8, 8, 2)
+    assert plane.min() == 0
+    assert plane.max() == 1
+    both = torch.stack([plane[..., 0].flatten(), maps[:, 2].flatten()])
+    assert abs(torch.corrcoef(both)[0, 1]) > .98
+    both = torch.stack([plane[..., 1].flatten(), maps[:, 0].flatten()])
+    assert abs(torch.corrcoef(both)[0, 1]) > .98
+
+
+def test_the_key_mixes_its_corners():
+    corners = torch.tensor([[0., 0], [1, 0], [0, 1], [1, 1]])
+    colours = pix2rep.plane_colours(corners)
+    assert len(colours.unique(dim=0)) == 4
+    middle = pix2rep.plane_colours(torch.tensor([[.5, .5]]))[0]
+    assert torch.allclose(middle, colours.mean(0))

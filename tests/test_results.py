@@ -113,3 +113,51 @@ def test_metrics_of_the_kept_runs_are_json():
 
     for file in sorted((ROOT / "results/runs").glob("*/metrics.json")):
         json.loads(file.read_text(), parse_constant=no_nan)
+
+
+# --------------------------------------------------------------------- kinds of tables, own runs
+
+
+def test_dice_against_labelled_patients(copy):
+    """The mean of the seeds as the run has it; what no run backs is "not run"."""
+    page = copy / "results/new.md"
+    page.write_text("<!-- dice 1 7: ours = demo_sal sal; gone = demo_gone sal -->\n<!-- end -->\n")
+    assert make(copy).returncode == 0
+    summary = json.loads((copy / "results/runs/demo_sal/metrics.json").read_text())["summary"]
+    dice = next(r["mean_dice"] for r in summary if r["method"] == "sal")
+    assert page.read_text().splitlines()[1:-1] == [
+        "| | 1 | 7 |", "| --- | --- | --- |",
+        f"| ours | {dice['mean']:.3f} ± {dice['std']:.3f} | not run |",
+        "| gone | not run | not run |"]
+    assert make(copy, "--check").returncode == 0
+
+
+def test_commands_of_the_runs(copy):
+    page = copy / "results/new.md"
+    page.write_text("<!-- commands: demo_sal -->\n<!-- end -->\n")
+    assert make(copy).returncode == 0
+    run = (copy / "results/runs/demo_sal/run.txt").read_text().strip()
+    commit, command, machine, minutes = run.split("; ")
+    line = page.read_text().splitlines()[1]
+    assert line == f"- `{command}` ({commit}; {machine}; {minutes})"
+
+
+def test_own_runs_as_table_and_curve(finished, tmp_path):
+    """A finished run as the scripts leave it: printed, drawn, and kept without its path."""
+    out, work, _ = finished("sal")
+    data = json.loads((out / "options.json").read_text())["data"]
+    done = subprocess.run([sys.executable, ROOT / "results/tables.py", out], cwd=tmp_path,
+                          text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "| sal | 2 | sal | 0." in done.stdout
+    assert (tmp_path / "tables.png").stat().st_size > 5000
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    done = make(tmp_path, "--keep", out)
+    assert done.returncode == 0, done.stderr
+    kept = tmp_path / "results/runs/sal"
+    assert sorted(f.name for f in kept.iterdir()) == sorted(tables.KEPT)
+    for file in kept.iterdir():
+        assert data not in file.read_text()
+    assert (kept / "per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
+    assert re.match(r"commit \S+.*; python sal\.py .*; .* threads; \d+ min\n$",
+                    (kept / "run.txt").read_text())
