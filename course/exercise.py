@@ -267,15 +267,19 @@ def compared(message):
     return words
 
 
-def explained(failure, folder):
-    """Why a test failed, in plain words: two numbers, or where the student's file stops."""
+def explained(failure, folder, function):
+    """Why a test failed, in plain words: two numbers, or where the student's file stops.
+
+    function: the name of the function that the student writes; "" for a bug.
+    """
     error = failure.value
     own = [entry for entry in failure.traceback if Path(entry.path).is_relative_to(folder)]
+    own = [entry for entry in own if entry.name == function] or own
     where = f"line {own[-1].lineno + 1} of your {Path(own[-1].path).name}" if own else "the test"
     if isinstance(error, NotImplementedError):
         return f"not written yet, {where}"
     if isinstance(error, AssertionError):
-        return compared(str(error))
+        return held(failure) + compared(str(error))
     if type(error).__name__ == "Failed":                           # of pytest.raises
         return first_line(error)
     words = f"{where} stops: {type(error).__name__}: {first_line(error)}"
@@ -284,18 +288,30 @@ def explained(failure, folder):
     return words
 
 
-def report(folder, checks):
+def held(failure):
+    """How many of a test's comparisons, by its lines, come before the one that fails; or ""."""
+    entry = failure.traceback[-1]
+    lines = [line.strip() for line in str(entry.frame.code.source()).splitlines()]
+    line = entry.lineno - entry.frame.code.firstlineno
+    before = sum(text.startswith("assert ") for text in lines[:line])
+    total = sum(text.startswith("assert ") for text in lines)
+    return f"the first {before} of {total} comparisons hold; " if before else ""
+
+
+def report(folder, checks, function=""):
     """Run the checks [property, test, words] on a folder, print each; returns how many fail."""
     failed = run_tests(folder, [test for _, test, _ in checks])
     if failed and all(isinstance(f.value, NotImplementedError) for f in failed.values()):
-        print(explained(next(iter(failed.values())), folder))
+        print(explained(next(iter(failed.values())), folder, function))
         return len(failed)
     for kind, test, words in checks:
         if test not in failed:
             print(f"  holds  {kind}: {words}")
             continue
-        why = explained(failed[test], folder)
-        print(f"  FAILS  {kind}: {words}" + f"\n         {why}" * bool(why))
+        why = explained(failed[test], folder, function)
+        print(f"  FAILS  {kind}: {words}")
+        if why:
+            print(f"         {why}")
     return sum(test in failed for _, test, _ in checks)
 
 
@@ -313,7 +329,7 @@ def check(name):
     """Say which properties of the student's function hold; 0 only if all do."""
     exercise = find_exercise(name)
     folder = begun(name, f"start {name}")
-    count = report(folder, exercise["checks"])
+    count = report(folder, exercise["checks"], name.split(".")[-1])
     total = len(exercise["checks"])
     print(f"{total - count} of {total} hold" + ("; done." if not count else "."))
     return int(count > 0)
