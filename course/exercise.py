@@ -108,7 +108,7 @@ def copy_scripts(name, changed):
     partial = MINE / f"{name}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        for script in SCRIPTS:
+        for script in dict.fromkeys([*SCRIPTS, *changed]):
             text = changed.get(script) or read(ROOT, script)
             (partial / f"{script}.py").write_text(text)
         partial.rename(folder)
@@ -149,6 +149,8 @@ def start_bug(number):
     for change in bug["change"]:
         script = change["script"]
         changed[script] = planted(changed.get(script) or read(ROOT, script), change)
+    if "tool" in bug:
+        changed["measure"] = bug["tool"]
     folder = copy_scripts(f"bug_{number}", changed)
     print(f"bug {number}, about {bug['minutes']} minutes, in {shown(folder)}\n"
           f"symptom: {bug['symptom']}\n"
