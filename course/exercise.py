@@ -1,11 +1,10 @@
-"""Exercises that grade themselves, bugs to find, and an index from the papers to the code.
+"""Exercises that grade themselves, and bugs to find.
 
     python course/exercise.py                     list the exercises and the bugs
     python course/exercise.py start NAME          a copy of the scripts without that function
     python course/exercise.py check NAME          which properties of your function hold
     python course/exercise.py bug N               a copy of the scripts with one planted bug
     python course/exercise.py check bug N         whether it is gone
-    python course/exercise.py index [--check]     write the indices and lists of the pages anew
 
 Copies lie in course/mine/NAME and course/mine/bug_N, which git does not track. `check` runs tests
 of tests/ on the scripts there. Exit code 0: all hold; 1: some do not; 2: bad use, one line says
@@ -18,7 +17,6 @@ import io
 import re
 import shutil
 import sys
-import tokenize
 import tomllib
 from pathlib import Path
 
@@ -213,6 +211,11 @@ class Watch:
     def __init__(self):
         self.ran = set()
         self.failed = {}
+        self.broken = []                                           # test files that do not load
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.broken.append(str(report.longrepr).strip().splitlines()[-1])
 
     def pytest_runtest_setup(self, item):
         sys.modules["torch"].manual_seed(0)                        # the same numbers every time
@@ -231,6 +234,10 @@ def run_tests(folder, tests):
     words = [str(ROOT / "tests" / test) for test in dict.fromkeys(tests)]
     with scripts_of(folder), contextlib.redirect_stdout(io.StringIO()):
         pytest.main([*words, "-q", "--capture=sys", "-p", "no:cacheprovider"], plugins=[watch])
+    if watch.broken:
+        raise CourseError(f"{shown(folder)}: the tests do not load with these scripts "
+                          f"({watch.broken[0].removeprefix('E ').strip()}); is the function still "
+                          "there, or the copy older than the tests?")
     gone = set(tests) - watch.ran
     if gone:
         raise CourseError(f"{min(gone)}: did not run; is it still in tests/? Mend course.toml")
@@ -348,105 +355,6 @@ def check_bug(number):
     return 0
 
 
-# ---------------------------------------------------------------------------------------- pages
-
-
-def notes(source):
-    """The comments and docstrings of a script, but the one at its top: [(line number, text)]."""
-    found = []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            found.append((token.start[0], token.string))
-    lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            first = node.body[0]
-            for number in range(first.lineno, first.end_lineno + 1):
-                found.append((number, lines[number - 1]))
-    return sorted(found)
-
-
-def name_at(tree, number):
-    """The function or class in which a line stands, or "" outside."""
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            if node.lineno <= number <= node.end_lineno:
-                return node.name
-    return ""
-
-
-def places(script, tag):
-    """Where a tag, as "(9)" or "Fig. 2", stands in a script's notes: function and lines, linked."""
-    source = read(ROOT, script)
-    tree = ast.parse(source)
-    by_name = {}
-    for number, text in notes(source):
-        if re.search(rf"{re.escape(tag)}(?!\d)", text):
-            link = f"[{number}](../{script}.py#L{number})"
-            by_name.setdefault(name_at(tree, number), []).append(link)
-    if not by_name:
-        raise CourseError(f"{script}.py: no comment has {tag}; mend the comment or course.toml")
-    found = [f"`{name}` {', '.join(links)}" for name, links in by_name.items()]
-    return "; ".join(found).replace("`` ", "")
-
-
-def index_of(paper):
-    """The index of a paper, Markdown: what the code has, with its lines, and what it has not."""
-    lines = [paper["about"].strip(), "", "| of the paper | what it is | lines of the script |",
-             "| --- | --- | --- |"]
-    for label, tag, what in paper["has"]:
-        lines.append(f"| {label} | {what} | {places(paper['script'], tag)} |")
-    lines += ["", "Not in the code:", ""]
-    for label, why in paper["has_not"]:
-        lines.append(f"- {label}: {why}")
-    return "\n".join(lines)
-
-
-def exercise_table():
-    """The list of exercises of course/README.md, Markdown."""
-    lines = ["| exercise | minutes | what it teaches | to open |", "| --- | --- | --- | --- |"]
-    for e in course()["exercise"]:
-        lines.append(f"| `{e['name']}` | {e['minutes']} | {e['teaches']} | {e['paper']} |")
-    return "\n".join(lines)
-
-
-def bug_table():
-    """The list of bugs of course/README.md, Markdown: what they do, not what they are."""
-    lines = ["| bug | minutes | symptom |", "| --- | --- | --- |"]
-    for number, bug in enumerate(course()["bug"], 1):
-        lines.append(f"| {number} | {bug['minutes']} | {bug['symptom']} |")
-    return "\n".join(lines)
-
-
-def written(page, name, text):
-    """A page's text with `text` between the markers of this name. Raises CourseError."""
-    old = page.read_text()
-    pattern = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-    if len(pattern.findall(old)) != 1:
-        raise CourseError(f"{shown(page)}: has no place for {name}, or more than one")
-
-    def between(found):
-        return f"{found[1]}{text}\n{found[2]}"
-
-    return pattern.sub(between, old)
-
-
-def index(only_check=False):
-    """Write the index of every page and the lists of course/README.md; or say which differ."""
-    blocks = [(ROOT / paper["page"], "index", index_of(paper)) for paper in course()["paper"]]
-    blocks.append((HERE / "README.md", "exercises", exercise_table()))
-    blocks.append((HERE / "README.md", "bugs", bug_table()))
-    differ = 0
-    for page, name, text in blocks:
-        new = written(page, name, text)
-        if new != page.read_text():
-            differ += 1
-            print(f"{shown(page)}: {name} " + ("differs" if only_check else "written"))
-            if not only_check:
-                page.write_text(new)
-    return int(only_check and differ > 0)
-
-
 # ----------------------------------------------------------------------------------------- main
 
 
@@ -481,12 +389,8 @@ def main(words):
                 return check(name)
             case ["bug", number]:
                 return start_bug(number)
-            case ["index"]:
-                return index()
-            case ["index", "--check"]:
-                return index(only_check=True)
         raise CourseError(f"{' '.join(words)}: not understood; use start NAME, check NAME, bug N, "
-                          "check bug N, index, or nothing for the list")
+                          "check bug N, or nothing for the list")
     except CourseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

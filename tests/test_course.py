@@ -20,6 +20,7 @@ import data
 
 sys.path.insert(0, str(ROOT / "course"))
 import exercise as course
+import index
 
 # ---------------------------------------------------- of the scripts: what the bugs have asked for
 
@@ -134,6 +135,13 @@ def test_a_planted_bug_is_caught_by_the_suite(number, mine, capsys):
     restore(mine / f"bug_{number}")
     assert course.main(["check", "bug", str(number)]) == 0, capsys.readouterr().out
     assert bug["seen"] in capsys.readouterr().out
+
+
+def test_what_a_bug_is_measured_with_parses():
+    for number in BUGS:
+        bug = course.find_bug(str(number))
+        compile(bug.get("tool", ""), f"measure.py of bug {number}", "exec")
+        assert ("measure.py" in bug["measure"]) == ("tool" in bug)
 
 
 def test_losses_phi_scores_and_pairs_are_there():
@@ -255,6 +263,16 @@ def test_a_file_that_does_not_parse_is_named(mine, capsys):
     assert sys.modules["cct_r"] is kept                            # the scripts are those of before
 
 
+def test_a_function_that_was_renamed_is_named(mine, capsys):
+    name = "sal.sample_pairs"
+    course.main(["start", name])
+    file = mine / name / "sal.py"
+    file.write_text(file.read_text().replace("def sample_pairs", "def pairs"))
+    line = refused(["check", name], capsys)
+    assert "cannot import name 'sample_pairs'" in line
+    assert "is the function still there" in line
+
+
 def test_a_changed_script_is_named(monkeypatch, capsys):
     """A function or a line that the course needs and that is gone: one line, nothing written."""
     monkeypatch.setattr(course, "read", lambda folder, script: "x = 1\n")
@@ -266,32 +284,33 @@ def test_a_changed_script_is_named(monkeypatch, capsys):
 
 
 def test_the_pages_hold_the_index(capsys):
-    """`python course/exercise.py index` writes them anew."""
-    assert course.main(["index", "--check"]) == 0, capsys.readouterr().out
+    """`python course/index.py` writes them anew."""
+    assert index.main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_every_number_in_the_comments_is_in_an_index():
     """An equation, figure or table that a comment names is on the method's page."""
     for paper in course.course()["paper"]:
         tags = [tag for _, tag, _ in paper["has"]]
-        for number, text in course.notes(course.read(ROOT, paper["script"])):
+        for number, text in index.notes(course.read(ROOT, paper["script"])):
             named = re.findall(r"(?:Fig\. \d+|Table [IVX]+|(?<=  )\(\d+\)|(?<=Eq\. )\(\d+\))", text)
             for name in named:
                 assert name in tags, f"{paper['script']}.py:{number}: {name}"
 
 
 def test_a_moved_line_is_noticed(tmp_path, monkeypatch, capsys):
-    """A page that no longer fits its script differs, and `index` writes it anew."""
+    """A page that no longer fits its script differs, and index.py writes it anew."""
     root = tmp_path / "copy"
     shutil.copytree(ROOT / "results", root / "results", ignore=shutil.ignore_patterns("runs"))
     shutil.copytree(ROOT / "course", root / "course", ignore=shutil.ignore_patterns("mine"))
     for script in course.SCRIPTS:
         shutil.copy(ROOT / f"{script}.py", root)
     (root / "sal.py").write_text(course.read(ROOT, "sal").replace("\nMETHOD", "\n\nMETHOD", 1))
-    monkeypatch.setattr(course, "ROOT", root)
-    monkeypatch.setattr(course, "HERE", root / "course")
-    assert course.main(["index", "--check"]) == 1
+    for module in (course, index):
+        monkeypatch.setattr(module, "ROOT", root)
+        monkeypatch.setattr(module, "HERE", root / "course")
+    assert index.main(["--check"]) == 1
     assert capsys.readouterr().out == "results/sal.md: index differs\n"
-    assert course.main(["index"]) == 0
-    assert course.main(["index", "--check"]) == 0
+    assert index.main([]) == 0
+    assert index.main(["--check"]) == 0
     assert (root / "results/macl.md").read_text() == (ROOT / "results/macl.md").read_text()
