@@ -24,39 +24,44 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     of it background, it does not rank registrations (results/cct_r.md).
  3. RSL: labels warped by the best registration [paper]; one-hot, linearly, then arg max; for both
     networks 0.5 (cross-entropy + Dice), weight omega_0 exp(-5 (t/T)^2), omega_0 = 1 [ours].
+    `--atlases 3` averages the one-hot labels of the three smallest cycle errors [ours].
  4. REPS: positives from registration, from a memory bank; for an anchor "the anatomically-closest
     point in each 3D volume" [paper, Fig. 2]. Ours: common place, through the best partner to the
-    frame of the first labelled volume; the 4 nearest features of all other volumes together, which
-    may be of one volume, within 8 mm; a term of its own beside the contrast, in which every other
-    place is a negative: it repels what the contrast attracts.
+    frame of the first labelled volume; from every other volume that the bank has the one feature
+    whose place is nearest, if within 8 mm; these join the positives of the balanced contrast of no.
+    6, whose group are here the anchors themselves, half of them organ, of one network. The bank is
+    never a negative. So REPS is a group more and what joins it; `--radius .001` leaves the group.
  5. Cross teaching: Dice with the other's arg max, 0.1 exp(-5 (1 - t/T_r)^2), T_r = 3/4 of the steps
-    [base]. Here and in all losses: Dice of the foreground, linear denominators [ours]; [base]: all
-    classes, squared ones.
- 6. Local contrast with class-balanced denominators at two levels, in blocks, both networks and all
-    images together, labelled slices alone for the first 7.5 % of the steps [base]. Blocks of 12 x
-    12 pixels of which every second row and column counts, 6 random ones a step, one place in all
-    images; projectors of one layer [ours]; [base]: 19 x 19, all, of different places; two layers,
-    the last shared. At the coarse level 4 blocks of 6 x 6 cells of 8 x 8 pixels [ours]; a known
-    fault: the labels there are those of a cell's corner, 3.5 pixels off its middle. We do not copy
-    the base's defects: features and labels in different orders, a row of blocks too few, the U-Net
-    left in eval mode.
+    [base]. In all losses of the two networks Dice of all classes, squared denominators [base]; in
+    the baseline that of the other scripts: foreground, linear [ours].
+ 6. Local contrast with class-balanced denominators at two levels, both networks, labelled slices
+    alone for the first 7.5 % of the steps [base]. A group is a block of every image and network,
+    each of its own place; projectors of two layers, 128 wide, the last shared [base]; by level
+    [ours]. Blocks of 12 x 12 pixels of which every second row and column counts, 6 random groups a
+    step [ours]; [base]: 19 x 19 of 224, all. At the coarse level 4 groups of blocks of 6 x 6 cells
+    of 8 x 8 pixels, the class of a cell is that of its middle [ours]. We do not copy the base's
+    defects: features and labels in different orders, a row of blocks too few, the U-Net left in
+    eval mode.
  7. Labelled and unlabelled slices have forward passes of their own [ours]; [base]: one batch. See
-    pix2rep.py, no. 12.
+    pix2rep.py, no. 12. So the U-Net's running statistics, by which it is scored, are a mean over
+    both, labelled slices with changed intensities and unlabelled ones as they are.
  8. Each network sees a labelled slice with intensities of its own; unlabelled ones keep theirs, for
     there the networks' answers are labels, and those of slices as they are were better [ours].
+    `--base-views`: flips and rotations alone, also in the baseline [base].
  9. U-Net 16 to 256 channels, the result; Swin-UNet with patches of 4 x 4 [base]; three stages of 48
     to 192 channels, window 6, a 3 x 3 convolution in every block, from scratch [ours]; [base]:
     Swin-T, four stages from 96 channels, window 7, ImageNet weights, which we do not have.
 10. AdamW, weight decay 5e-4, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; weight decay 1e-4,
-    1200 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline has the same steps with 8 labelled
-    slices, as many as the two networks see together, and is that of the other scripts. The U-Net of
-    CCT-R sees 2 of them a step and is far from done after 1200; `--steps 4800` helps both.
+    1200 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline is that of the other scripts, with 8
+    labelled slices a step. **Compare at equal labelled slices seen, too**: `--labelled-batch` and
+    `--batch` set them, and the log and a line before the table have how many there were. With all
+    four parts off the row is the baseline itself, to the digit.
 11. Warped labels are used for unlabelled training volumes only. The true labels of these are read
     in one place, for Fig. 4 and to judge the registration (`--no-peek` forbids it). Test patients
-    choose nothing; the last checkpoint is scored [ours]. With one case [base] uses 23 slices of
-    patient 099, we all 32. The paper's second set, an abdominal one (Synapse), was not run.
+    choose nothing; the last checkpoint is scored [ours]. "One case" is 23 slices of patient 099 in
+    [base], all 32 here.
 
-Letters: B slices drawn at once, a quarter of --batch (2B: labelled and unlabelled ones joined), C
+Letters: B slices drawn at once (2B: those of both networks), C
 channels, K classes, S network size, V slices of a volume, Z, Y, X and z, y, x voxels of a box and
 its control points, d features of a pixel, n pixels of a group or anchors, G groups, M features in
 the bank, N slices of a dataset, t of T steps.
@@ -89,18 +94,22 @@ OPTIONS = [
     ("seeds", [0, 1, 2], [0], None, "seeds of training"),
     ("width", 16, None, None, "channels of the first U-Net level (base: 16)"),
     ("swin_dim", 48, None, 96, "channels of the Swin-UNet's first stage, divisible by 6"),
-    ("window", 6, None, 7, "tokens along a window's side"),
-    ("spacing", None, 2.5, None, "mm a pixel in plane; 2 on ACDC"),
+    ("window", None, None, 7, "tokens along a window's side; 4 or more that divide size / 16"),
+    ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (base: slices resized)"),
     ("size", None, 64, 224, "S, crop in pixels, divisible by 16; 96 on ACDC"),
     ("stiffness", .3, None, None, "of registration: weight of the velocity's mean square gradient"),
     ("no_brs", False, None, None, "ablation: partners in turn, not by cycle consistency"),
+    ("atlases", 1, None, None, "labelled volumes whose warped labels RSL averages (ours)"),
     ("steps", 1200, 240, 40000, "T, steps of training, also from scratch"),
-    ("batch", 8, None, 8, "slices a step: for each network a quarter labelled and a quarter not; "
-     "from scratch all labelled (base: 2 + 2 a network)"),
+    ("labelled_batch", 2, None, 2, "labelled slices a step, seen by both networks"),
+    ("unlabelled_batch", 2, None, 2, "unlabelled slices a step, seen by both networks"),
+    ("batch", 8, None, None, "slices a step from scratch, all labelled"),
     ("lr", 2e-3, None, 5e-4, "of the U-Net and of scratch, AdamW, cosine to 0 (base: poly 0.9)"),
     ("swin_lr", 5e-4, None, 1e-4, "of the Swin-UNet, after 5 % warm-up"),
     ("pretrained_lr", 1e-3, None, None, "of a U-Net that starts from --init (ours)"),
+    ("weight_decay", 1e-4, None, 5e-4, "of the two networks; from scratch 1e-4"),
     ("rotation", .5, None, None, "largest rotation in rad"),
+    ("base_views", False, None, None, "flips and rotations alone [base], also from scratch"),
     ("no_cross_teaching", False, None, None, "ablation"),
     ("no_contrast", False, None, None, "ablation"),
     ("no_rsl", False, None, None, "ablation: no warped labels"),
@@ -110,18 +119,17 @@ OPTIONS = [
     ("contrast_weight", .002, None, None, "of the local contrast (base: 0.001 a network)"),
     ("reps_weight", .01, None, None, "of REPS"),
     ("temperature", .1, None, None, "tau (base: 0.1)"),
-    ("projection", 64, None, 128, "d, width of the projectors"),
+    ("projection", 128, None, 128, "d, width of the projectors; 2d in between"),
     ("block", 12, None, 19, "side in pixels of a local block (base: 19 of 224)"),
-    ("groups", 6, None, 144, "blocks of the full map a step (base: all)"),
-    ("bank", 4096, None, None, "M, features of the memory bank"),
-    ("anchors", 256, None, None, "anchors of REPS a step"),
-    ("positives", 4, None, None, "positives of an anchor at most"),
+    ("groups", 6, None, 144, "groups of blocks of the fine map a step (base: all)"),
+    ("bank", 128, None, None, "M, features of a volume in a memory bank"),
+    ("anchors", 256, None, None, "anchors of REPS a step and network, half of them organ"),
     ("radius", 8., None, None, "mm, how near a positive's place must be"),
     ("no_peek", False, None, None, "never read labels of unlabelled volumes, not even for Fig. 4"),
     ("peek_every", 100, 20, None, "steps between points of Fig. 4"),
 ]
-PAPER_ALSO = ("ImageNet weights and a fourth stage in the Swin-UNet, projectors of two layers, "
-              "poly decay, weight decay 5e-4, and a pixel that we do not know (--spacing)")
+PAPER_ALSO = ("ImageNet weights and a fourth stage in the Swin-UNet, poly decay, and whole slices "
+              "resized to 224 pixels, for which 1.5 mm stands (ACDC's median); see --base-views")
 
 
 def check(run):
@@ -130,46 +138,65 @@ def check(run):
     most = len(run.split["train"])
     if "labelled" not in o.given:                                  # not typed: fewer, no refusal
         o.labelled = [n for n in o.labelled if n < most] or [1]
+    if o.window is None:                                           # 6 on ACDC, 4 on the phantom
+        side = o.size // 16                                        # of the deepest map
+        o.window = next((w for w in range(4, side) if side % w == 0), side)
     common.refuse([
-        (o.batch < 8 or o.batch % 4,
-         f"--batch {o.batch}: each network sees a quarter labelled, a quarter not; use 8, 12, ..."),
+        (min(o.labelled_batch, o.unlabelled_batch) < 1,
+         "--labelled-batch and --unlabelled-batch must be 1 or more"),
+        (o.base_views and o.scratch, "--scratch: those rows have other views than --base-views"),
         (o.swin_dim < 6 or o.swin_dim % 6,
          f"--swin-dim {o.swin_dim}: use a multiple of 6, for its three heads and two halves"),
         (o.window < 2, f"--window {o.window}: use 2 or more"),
+        (o.atlases < 1, f"--atlases {o.atlases}: use 1 or more"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (o.block < 4 or o.block // 2 > o.size // 8,
          f"--block {o.block}: use 4 to {o.size // 4 + 1}, for a coarse map of {o.size // 8}"),
         (o.stiffness < 0 or o.radius <= 0, "--stiffness must be 0 or more, --radius above 0"),
-        (min(o.peek_every, o.groups, o.anchors, o.positives, o.projection) < 1,
-         "--peek-every, --groups, --anchors, --positives and --projection must be 1 or more"),
-        (o.bank < o.anchors, f"--bank {o.bank}: use --anchors, {o.anchors}, or more"),
+        (min(o.peek_every, o.groups, o.bank, o.projection) < 1,
+         "--peek-every, --groups, --bank and --projection must be 1 or more"),
+        (o.anchors < 2, f"--anchors {o.anchors}: use 2 or more"),
         (max(o.labelled) >= most,
          f"--labelled {max(o.labelled)}: leaves no training patient without label; use fewer"),
     ])
 
 
+def nothing_on(o):
+    """True where all four parts are off, which leaves the supervised baseline."""
+    return o.no_cross_teaching and o.no_contrast and o.no_rsl and o.no_reps
+
+
 def row_name(o):
     """The name of the trained rows: cct_r, and what is switched off."""
-    parts = ("no_cross_teaching", "no_contrast", "no_rsl", "no_reps", "no_brs")
+    parts = ("no_cross_teaching", "no_contrast", "no_rsl", "no_reps", "no_brs", "base_views")
     return "-".join([METHOD] + [part for part in parts if getattr(o, part)])
 
 
 # ----------------------------------------------------------------------------------------- losses
 
 
-def segmentation_loss(logits, label):
-    """0.5 (cross-entropy + soft Dice) [base], Dice as in no. 5.
+def dice_loss(logits, label, eps=1e-5):
+    """Soft Dice loss of the base: all K classes, background too, squared denominators [base].
 
-    logits [B, K, h, w], label [B, h, w]. Returns a scalar.
+        1 - mean over k of (2 sum(p y) + eps) / (sum p^2 + sum y^2 + eps)
+
+    Sums over batch and pixels. logits [B, K, h, w], label [B, h, w]. Returns a scalar.
     """
-    return .5 * (F.cross_entropy(logits, label) + common.dice_loss(logits, label))
+    p = logits.float().softmax(1)                                  # [B, K, h, w]
+    y = F.one_hot(label, logits.shape[1]).movedim(-1, 1).to(p)     # [B, K, h, w]
+    both = (p * y).sum((0, 2, 3))                                  # [K]
+    either = (p.square() + y.square()).sum((0, 2, 3))              # [K]
+    return 1 - ((2 * both + eps) / (either + eps)).mean()
+
+
+def segmentation_loss(logits, label):
+    """0.5 (cross-entropy + soft Dice) [base]; logits [B, K, h, w], label [B, h, w]."""
+    return .5 * (F.cross_entropy(logits, label) + dice_loss(logits, label))
 
 
 def cross_teaching_loss(logits_1, logits_2):
-    """Dice(p1, argmax p2) + Dice(p2, argmax p1) [base], Dice as in no. 5; logits [B, K, h, w]."""
-    first = common.dice_loss(logits_1, logits_2.argmax(1))
-    second = common.dice_loss(logits_2, logits_1.argmax(1))
-    return first + second
+    """Dice(p1, argmax p2) + Dice(p2, argmax p1) [base]; logits [B, K, h, w]."""
+    return dice_loss(logits_1, logits_2.argmax(1)) + dice_loss(logits_2, logits_1.argmax(1))
 
 
 def ramp_up(t, T):
@@ -182,6 +209,43 @@ def decay(t, T):
     return math.exp(-5 * (t / T) ** 2)
 
 
+def balanced_parts(z, y, temperature):
+    """The sums of the balanced contrast for every pixel i of a group, each [..., n].
+
+    z [..., n, d] of length 1, y [..., n] whole numbers. Returns
+
+        sum_{p in P(i)} z_i.z_p / tau,    |P(i)|,    D_i = sum_{a != i} exp(z_i.z_a / tau) / w_ia
+
+    P(i): the others of i's class; w_ia = N_{y_a}, the number of pixels of a's class, without i.
+    D_i comes times exp(-1 / tau), so that nothing overflows.
+    """
+    # The plain double loop, of which the lines below are the matrix form:
+    #   for i in range(n):
+    #       P = [p for p in range(n) if p != i and y[p] == y[i]]
+    #       attract[i] = sum(z[i] @ z[p] / tau for p in P)
+    #       D[i] = sum(exp(z[i] @ z[a] / tau) / w[i, a] for a in range(n) if a != i)
+    Y = F.one_hot(y.long()).float()                                # [..., n, K]
+    N = Y.sum(-2, keepdim=True)                                    # [..., 1, K]: N_c
+    w = (N - Y).clamp(min=1)                                       # [..., n, K]: w_ia, by a's class
+    count = (Y * (N - Y)).sum(-1)                                  # [..., n]: |P(i)|
+    # sum_{p in P(i)} z_i.z_p = z_i . (sum of its class) - z_i.z_i
+    own_class = Y @ (Y.mT @ z)                                     # [..., n, d]
+    attract = ((z * own_class).sum(-1) - 1) / temperature          # [..., n]
+    others = 1 - torch.eye(z.shape[-2], device=z.device)           # [n, n]: a != i
+    E = ((z @ z.mT - 1) / temperature).exp() * others              # [..., n, n]
+    # w_ia depends on the classes of i and a alone: sum over each class, then divide by its w
+    D = (E @ Y / w).sum(-1)                                        # [..., n]
+    return attract, count, D
+
+
+def mean_contrast(attract, count, D, temperature):
+    """Mean of L_i = log D_i - attract_i / count_i over the i with count > 0; 0 without any."""
+    log_D = D.clamp(min=1e-30).log() + 1 / temperature             # see `balanced_parts`
+    has = count > 0
+    L = (log_D - attract / count.clamp(min=1)) * has
+    return L.sum() / has.sum().clamp(min=1)
+
+
 def balanced_contrastive_loss(z, y, temperature):
     """Class-balanced supervised contrast in a group [base]: pixels of one class attract.
 
@@ -192,58 +256,66 @@ def balanced_contrastive_loss(z, y, temperature):
     [n, d] before normalisation, y [n] whole numbers; or G groups at once, [G, n, d] and [G, n].
     Returns a scalar, the mean over the anchors that have a positive; 0 without any.
     """
-    # The plain double loop, of which the lines below are the matrix form:
-    #   for i in range(n):
-    #       P = [p for p in range(n) if p != i and y[p] == y[i]]
-    #       total = sum(exp(z[i] @ z[a] / tau) / w[i, a] for a in range(n) if a != i)
-    #       L[i] = log(total) - sum(z[i] @ z[p] / tau for p in P) / len(P)
-    z = F.normalize(z.float(), dim=-1)                             # [..., n, d]
-    Y = F.one_hot(y.long()).float()                                # [..., n, K]
-    N = Y.sum(-2, keepdim=True)                                    # [..., 1, K]: N_c
-    w = (N - Y).clamp(min=1)                                       # [..., n, K]: w_ia, by a's class
-    count = (Y * (N - Y)).sum(-1)                                  # [..., n]: |P(i)|
-    others = 1 - torch.eye(z.shape[-2], device=z.device)           # [n, n]: a != i
-    with torch.autocast(z.device.type, enabled=False):             # float32 also under autocast
-        sim = z @ z.mT / temperature                               # [..., n, n], at most 1 / tau
-        E = (sim - 1 / temperature).exp() * others                 # so this cannot overflow
-        # w_ia depends on the classes of i and a alone: sum over each class, then divide by its w
-        total = (E @ Y / w).sum(-1)                                # [..., n]
-        log_total = total.clamp(min=1e-30).log() + 1 / temperature
-        # sum_{p in P(i)} z_i.z_p = z_i . (sum of its class) - z_i.z_i
-        own_class = Y @ (Y.mT @ z)                                 # [..., n, d]
-        positive = ((z * own_class).sum(-1) - 1) / temperature     # [..., n]
-    has = count > 0
-    L = (log_total - positive / count.clamp(min=1)) * has          # [..., n]
-    return L.sum() / has.sum().clamp(min=1)
+    z = F.normalize(z.float(), dim=-1)
+    attract, count, D = balanced_parts(z, y, temperature)
+    return mean_contrast(attract, count, D, temperature)
+
+
+def reps_loss(z, y, r, near, temperature):
+    """REPS: what registration takes for an anchor's place in other volumes joins its positives.
+
+        L_i = - 1/(|P(i)| + |R(i)|) sum_{p in P(i) u R(i)} [ z_i.z_p/tau - log D_i ]    (REPS)
+        D_i = sum_{a != i in the group} exp(z_i.z_a/tau) / w_ia
+              + 1/|R(i)| sum_{r in R(i)} exp(z_i.z_r/tau)
+
+    P(i) and w_ia as in `balanced_contrastive_loss`, the group being the anchors; the last sum only
+    where R(i) is not empty. So what R(i) holds is never a negative, and needs no class. z [n, d]
+    before normalisation, y [n]; r [n, V, d] of length 1: the candidate of each volume, near [n, V]:
+    whether it is in R(i). Returns a scalar, the mean over the anchors that have a positive.
+    """
+    z = F.normalize(z.float(), dim=-1)
+    attract, count, D = balanced_parts(z, y, temperature)
+    sim = (z[:, None] * r).sum(-1) / temperature                   # [n, V]
+    E = (sim - 1 / temperature).exp()                              # times exp(-1 / tau), as D
+    number = near.sum(1)                                           # [n]: |R(i)|
+    D = D + (E * near).sum(1) / number.clamp(min=1)
+    attract = attract + (sim * near).sum(1)
+    return mean_contrast(attract, count + number, D, temperature)
 
 
 def cut(x, size, offset=(0, 0)):
-    """Local blocks of maps: [B, C, H, W] -> [G, B size^2, C], the same block of all images in one.
+    """Local blocks of maps: [B, C, H, W] -> [B, G, size^2, C], G = (H / size) (W / size) blocks.
 
-    G = (H / size) (W / size); offset: rows and columns left out at the top and left where `size`
-    does not divide H, W. Labels go through here as well, as [B, 1, H, W], so that features and
-    labels are in the same order by construction.
+    offset: rows and columns left out at the top and left where `size` does not divide H, W. Labels
+    go through here as well, as [B, 1, H, W], so that features and labels are in the same order by
+    construction.
     """
     B, C, H, W = x.shape
     h, w = H // size, W // size
     top, left = offset
     x = x[:, :, top:top + h * size, left:left + w * size]
     x = x.reshape(B, C, h, size, w, size)
-    x = x.permute(2, 4, 0, 3, 5, 1)                                # [h, w, B, size, size, C]
-    return x.reshape(h * w, B * size * size, C)                    # [G, B size^2, C]
+    x = x.permute(0, 2, 4, 3, 5, 1)                                # [B, h, w, size, size, C]
+    return x.reshape(B, h * w, size * size, C)                     # [B, G, size^2, C]
 
 
 def local_contrast(maps, labels, size, groups, temperature):
-    """Contrast in up to `groups` random local blocks, over all images and both networks.
+    """Contrast in up to `groups` groups of local blocks [base].
 
-    maps: projected features of each network [B, d, h, w]; labels: for each network the classes
-    [B, h, w] of its pixels. Groups of background alone are skipped. Returns a scalar.
+    A group has one block of every image of every network, each at a place of its own: the blocks of
+    an image are permuted. Groups of background alone are skipped. maps: projected features of each
+    network [B, d, h, w]; labels: for each network the classes [B, h, w] of its pixels. Returns a
+    scalar.
     """
     H, W = maps[0].shape[2:]
     # rows and columns to leave out at the top and left: 0 to what `size` leaves over
     offset = [int(torch.randint(side % size + 1, ())) for side in (H, W)]
-    z = torch.cat([cut(m, size, offset) for m in maps], 1)         # [G, n, d]
-    y = torch.cat([cut(c[:, None], size, offset) for c in labels], 1)[..., 0]        # [G, n]
+    z = torch.cat([cut(m, size, offset) for m in maps])            # [2B, G, size^2, d]
+    y = torch.cat([cut(c[:, None], size, offset) for c in labels])         # [2B, G, size^2, 1]
+    order = torch.rand(z.shape[:2]).argsort(1).to(z.device)        # [2B, G], a permutation a row
+    image = torch.arange(len(z), device=z.device)[:, None]         # [2B, 1]
+    z = z[image, order].transpose(0, 1).flatten(1, 2)              # [G, 2B size^2, d]
+    y = y[image, order].transpose(0, 1).flatten(1)                 # [G, 2B size^2]
     some = torch.nonzero((y > 0).any(1))[:, 0]                     # groups with an organ
     some = some[torch.randperm(len(some))[:groups]]
     if not len(some):
@@ -252,57 +324,39 @@ def local_contrast(maps, labels, size, groups, temperature):
 
 
 class MemoryBank(nn.Module):
-    """The last `size` pixel features of one network, each with its common place (mm) and volume.
+    """The last `size` pixel features of every volume, of one network, with their common places.
 
     The oldest are overwritten. A module, so that its state is saved as that of networks is.
     """
-    def __init__(self, size, dim):
+    def __init__(self, volumes, size, dim):
         super().__init__()
-        self.register_buffer("z", torch.zeros(size, dim))
-        self.register_buffer("place", torch.full((size, 3), 1e6))  # empty: 1 km from all places
-        self.register_buffer("volume", torch.full((size,), -1))    # -1: empty
-        self.register_buffer("next", torch.tensor(0))
+        self.register_buffer("z", torch.zeros(volumes, size, dim))
+        # mm; empty: 1 km from all places
+        self.register_buffer("place", torch.full((volumes, size, 3), 1e6))
+        self.register_buffer("next", torch.zeros(volumes, dtype=torch.long))
 
     def push(self, z, place, volume):
         """Add features z [n, d] (unit length, detached) at places [n, 3] of volumes [n]."""
-        index = torch.arange(len(z), device=self.z.device) + self.next
-        index = index % len(self.z)                                # [n]
-        self.z[index] = z
-        self.place[index] = place
-        self.volume[index] = volume
-        self.next.copy_((self.next + len(z)) % len(self.z))
+        size = self.z.shape[1]
+        for v in volume.unique():
+            own = torch.nonzero(volume == v)[-size:, 0]            # [m]
+            index = self.next[v] + torch.arange(len(own), device=own.device)
+            index = index % size                                   # [m]
+            self.z[v, index] = z[own]
+            self.place[v, index] = place[own]
+            self.next[v] = (self.next[v] + len(own)) % size
 
-    def nearest(self, place, volume, radius, k):
-        """The k entries of *other* volumes nearest to each place [n, 3].
+    def nearest(self, place, volume, radius):
+        """R(i): from every volume but the own the one feature nearest to each place [n, 3] in mm.
 
-        Returns (indices [n, k], whether within `radius` mm [n, k]).
+        Returns (features [n, V, d], whether within `radius` mm [n, V]).
         """
-        own = volume[:, None] == self.volume                       # [n, M]
-        away = torch.cdist(place, self.place)                      # [n, M] in mm
-        away = away.masked_fill(own, torch.inf)
-        distance, index = away.topk(min(k, away.shape[1]), 1, largest=False)
-        return index, distance <= radius
-
-
-def reps_loss(z, place, volume, bank, radius, k, temperature):
-    """REPS: positives are the bank's features of other volumes at the nearest common places.
-
-        L_i = - 1/|R(i)| sum_{p in R(i)} log( exp(z_i.z_p/tau) / sum_{a in bank} exp(z_i.z_a/tau) )
-
-    whatever any network predicts. z [n, d] before normalisation, place [n, 3] in mm, volume [n].
-    Returns a scalar, the mean over the anchors that have a positive; 0 without any.
-    """
-    z = F.normalize(z.float(), dim=1)
-    R, near = bank.nearest(place, volume, radius, k)               # [n, k] each: R(i), if near
-    if not near.any():
-        return z.sum() * 0
-    with torch.autocast(z.device.type, enabled=False):
-        sim = z @ bank.z.clone().T / temperature                   # [n, M]; `push` will change z
-    filled = sim.masked_fill(bank.volume < 0, -torch.inf)
-    log_prob = sim - filled.logsumexp(1, keepdim=True)             # [n, M]
-    count = near.sum(1)                                            # [n]: |R(i)|
-    L = -(log_prob.gather(1, R) * near).sum(1) / count.clamp(min=1)
-    return L.sum() / (count > 0).sum()
+        away = torch.cdist(place, self.place.flatten(0, 1))        # [n, V size]
+        away = away.unflatten(1, self.place.shape[:2])             # [n, V, size]
+        distance, index = away.min(2)                              # [n, V] each
+        every = torch.arange(len(self.z), device=place.device)     # [V]
+        near = (distance <= radius) & (every != volume[:, None])
+        return self.z[every, index], near
 
 
 # --------------------------------------------------------------------------------------- training
@@ -312,35 +366,60 @@ class Maps(NamedTuple):
     """What the two networks make of a batch: lists of two, the U-Net's and the Swin-UNet's."""
     logits: list                                                   # [B, K, S, S]
     coarse: list                                                   # [B, d, S/8, S/8], projected
-    full: list                                                     # [B, d, S/2, S/2]: every second
+    fine: list                                                     # [B, d, S/2, S/2]: every second
+
+
+def unet_maps(unet, x):
+    """The decoder's first map [B, 8 width, S/8, S/8] and its last [B, width, S, S]."""
+    features = unet.encoder(x)
+    x = features[-1]
+    maps = []
+    decoder = unet.decoder
+    for up, block, skip in zip(decoder.ups, decoder.blocks, features[-2::-1]):
+        x = block(torch.cat([up(x), skip], 1))                     # [B, width, 2h, 2w]
+        maps.append(x)
+    return maps[0], maps[-1]
+
+
+class Projector(nn.Module):
+    """Maps of both networks -> d features a pixel [base]; at one level, coarse or fine.
+
+    1 x 1 convolution to 2d channels, ReLU, 1 x 1 convolution to d, the last one shared by the two
+    networks. Features of the Swin-UNet are LayerNormed first.
+    """
+    def __init__(self, unet_width, swin_width, d):
+        super().__init__()
+        self.norm = nn.LayerNorm(swin_width)
+        self.unet = nn.Conv2d(unet_width, 2 * d, 1)
+        self.swin = nn.Conv2d(swin_width, 2 * d, 1)
+        self.last = nn.Conv2d(2 * d, d, 1)
+
+    def forward(self, unet_map, swin_map):
+        """[B, unet_width, h, w], [B, swin_width, h, w] -> list of two [B, d, h, w]."""
+        swin_map = self.norm(swin_map.movedim(1, -1)).movedim(-1, 1)
+        hidden = [self.unet(unet_map).relu(), self.swin(swin_map).relu()]  # [B, 2d, h, w] each
+        return [self.last(h) for h in hidden]
 
 
 class Students(nn.Module):
-    """The U-Net and the Swin-UNet, and for the contrast a projector for two levels of each."""
+    """The U-Net and the Swin-UNet, and for the contrast a projector for each of two levels."""
     def __init__(self, run):
         super().__init__()
         o = run.o
         self.unet = run.unet()
         self.swin = SwinUNet(run.channels, len(run.classes), o.swin_dim, o.window)
-        self.projectors = nn.ModuleDict({
-            "unet_coarse": nn.Conv2d(8 * o.width, o.projection, 1),
-            "unet_full": nn.Conv2d(o.width, o.projection, 1),
-            "swin_coarse": nn.Conv2d(2 * o.swin_dim, o.projection, 1),
-            "swin_full": nn.Conv2d(o.swin_dim // 2, o.projection, 1)})
+        self.project_coarse = Projector(8 * o.width, 2 * o.swin_dim, o.projection)
+        self.project_fine = Projector(o.width, o.swin_dim // 2, o.projection)
 
     def forward(self, views):
         """Each network on its view [B, C, S, S]: `Maps`."""
-        encoded = self.unet.encoder(views[0])
-        unet_coarse = self.unet.decoder(encoded, 1)                # [B, 8 width, S/8, S/8]
-        unet_full = self.unet.decoder(encoded)                     # [B, width, S, S]
-        swin_coarse, swin_full = self.swin.maps(views[1])          # the same sizes
-        logits = [self.unet.head(unet_full).float(), self.swin.head(swin_full).float()]
-        to = self.projectors
-        coarse = [to["unet_coarse"](unet_coarse), to["swin_coarse"](swin_coarse)]
-        # of the full map every second pixel, a sixteenth of the pairs to compare
-        full = [to["unet_full"](unet_full[..., ::2, ::2]),
-                to["swin_full"](swin_full[..., ::2, ::2])]
-        return Maps(logits, coarse, full)
+        unet_coarse, unet_fine = unet_maps(self.unet, views[0])
+        swin_coarse, swin_fine = self.swin.maps(views[1])          # the same sizes
+        logits = [self.unet.head(unet_fine).float(), self.swin.head(swin_fine).float()]
+        coarse = self.project_coarse(unet_coarse, swin_coarse)
+        # of the fine map every second pixel, a sixteenth of the pairs to compare
+        half = [x[..., ::2, ::2] for x in (unet_fine, swin_fine)]
+        return Maps(logits, coarse, self.project_fine(*half))
 
 
 class Batch(NamedTuple):
@@ -351,75 +430,128 @@ class Batch(NamedTuple):
     volume: torch.Tensor                                           # [B]
 
 
-def draw_batch(run, numbers, places, warped=None):
-    """A `Batch` of --batch / 4 random slices of `numbers`, moved at random.
+def base_grid(n, size, device):
+    """Sampling grids [n, S, S, 2] of the base's views, about the image's centre.
+
+    Half of them are turned by quarters and flipped, a quarter rotated by up to 20 degrees.
+    """
+    kind = torch.rand(n)
+    quarters = math.pi / 2 * torch.randint(4, (n,))
+    small = math.pi / 9 * (2 * torch.rand(n) - 1)
+    angle = torch.where(kind < .5, quarters, small * (kind < .75))
+    flip = torch.where(kind < .5, -1., 1.)
+    zero = torch.zeros(n)
+    cos, sin = angle.cos(), angle.sin()
+    rows = [flip * cos, -sin, zero,
+            flip * sin, cos, zero]
+    theta = torch.stack(rows, 1).view(n, 2, 3).to(device)
+    return F.affine_grid(theta, (n, 1, size, size), align_corners=False)
+
+
+def random_grid(o, n, device):
+    """Sampling grids [n, S, S, 2] of the run's own views, or of the base's."""
+    if o.base_views:
+        return base_grid(n, o.size, device)
+    return spatial_grid(n, o.size, o.rotation, device)
+
+
+def draw_batch(run, numbers, n, places, warped=None):
+    """A `Batch` of n random slices of `numbers`, moved at random.
 
     places: common places [N, 3, S, S]; warped: pseudo-labels [N, S, S] of unlabelled slices.
     Without, slices have their true labels, and for each network intensities of its own.
     """
     o, dataset = run.o, run.dataset
-    pick = common.random_slices(numbers, o.batch // 4)             # [B]
-    grid = spatial_grid(len(pick), o.size, o.rotation, run.device)         # [B, S, S, 2]
+    pick = common.random_slices(numbers, n)                        # [B]
+    grid = random_grid(o, n, run.device)                           # [B, S, S, 2]
     x = warp(dataset.image(pick, run.device), grid)                # [B, C, S, S]
     place = places[pick].to(run.device).float()                    # [B, 3, S, S]
     place = F.grid_sample(place, grid, "nearest", align_corners=False)
     # outside the image grid_sample gives 0, which is a place
     outside = (grid.abs() > 1).any(-1, keepdim=True)               # [B, S, S, 1]
     place = place.movedim(1, -1).masked_fill(outside, torch.nan)   # [B, S, S, 3]
-    if warped is None:
-        label = dataset.label(pick, run.device)
-        views = [photometric(x), photometric(x)]
+    views = [x, x]                                                 # see no. 8
+    if warped is not None:
+        label = warped[pick].to(run.device).long()                 # [B, S, S]
     else:
-        label = warped[pick].to(run.device).long()
-        views = [x, x]                                             # see no. 8
+        label = dataset.label(pick, run.device)
+        if not o.base_views:
+            views = [photometric(x), photometric(x)]
     views = [common.channels_last(v) for v in views]
     volume = torch.from_numpy(dataset.volume[pick]).to(run.device)
     return Batch(views, warp(label, grid, "nearest"), place, volume)
 
 
+class Pixels(NamedTuple):
+    """What the two contrasts compare: lists of two, the U-Net's and the Swin-UNet's."""
+    coarse: list                                                   # [B, d, S/8, S/8], projected
+    fine: list                                                     # [B, d, S/2, S/2]
+    classes: list                                                  # [B, S, S]
+    places: list                                                   # [B, S, S, 3] mm, nan: none
+    volumes: list                                                  # [B]
+
+
+def pixels_of(batch, maps, classes):
+    """The `Pixels` of a batch, its `Maps` and, for each network, the classes of its pixels."""
+    return Pixels(maps.coarse, maps.fine, classes, [batch.place] * 2, [batch.volume] * 2)
+
+
 def joined(first, second):
-    """Labelled and unlabelled slices in one batch, for each network: two lists of two -> one."""
-    return [torch.cat([a, b]) for a, b in zip(first, second)]
+    """The `Pixels` of labelled and of unlabelled slices in one batch."""
+    both = []
+    for a, b in zip(first, second):
+        both.append([torch.cat(pair) for pair in zip(a, b)])
+    return Pixels(*both)
 
 
-def contrast_terms(o, label, seen, seen_u=None):
-    """The local contrast at both levels: a scalar.
+def cell_classes(y, side):
+    """The class in the middle of each cell of a label: [B, S, S] -> [B, *side].
 
-    label [B, S, S] and `Maps` of labelled slices, `Maps` of unlabelled ones or None. The class of
-    an unlabelled pixel is what the other network says.
+    "nearest-exact": "nearest" takes a cell's corner, which for 8 x 8 pixels is 3.5 off its middle.
     """
-    coarse, full = seen.coarse, seen.full
-    labels = [label, label]
-    if seen_u:
-        others = [seen_u.logits[1].argmax(1), seen_u.logits[0].argmax(1)]
-        coarse = joined(coarse, seen_u.coarse)
-        full = joined(full, seen_u.full)
-        labels = joined(labels, others)
-    # a known fault: "nearest" takes a corner of each cell of 8 x 8, 3.5 pixels off its middle
-    side = coarse[0].shape[2:]
-    small = [F.interpolate(y[:, None].float(), side)[:, 0].long() for y in labels]   # [B, S/8, S/8]
-    half = [y[:, ::2, ::2] for y in labels]                        # [B, S/2, S/2]
-    # coarse: 4 blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
-    at_coarse = local_contrast(coarse, small, o.block // 2, 4, o.temperature)
-    at_full = local_contrast(full, half, o.block // 2, o.groups, o.temperature)
-    return at_coarse + at_full
+    small = F.interpolate(y[:, None].float(), side, mode="nearest-exact")          # [B, 1, *side]
+    return small[:, 0].long()
 
 
-def reps_terms(o, banks, full, place, volume):
-    """REPS of both networks at random pixels that have a common place; fills the banks. A scalar.
+def contrast_terms(o, pixels):
+    """The local contrast at both levels: a scalar."""
+    side = pixels.coarse[0].shape[2:]
+    small = [cell_classes(y, side) for y in pixels.classes]        # [B, S/8, S/8]
+    half = [y[:, ::2, ::2] for y in pixels.classes]                # [B, S/2, S/2]
+    # coarse: 4 groups of blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
+    at_coarse = local_contrast(pixels.coarse, small, o.block // 2, 4, o.temperature)
+    at_fine = local_contrast(pixels.fine, half, o.block // 2, o.groups, o.temperature)
+    return at_coarse + at_fine
 
-    full: of each network [B, d, S/2, S/2]; place [B, S, S, 3] in mm; volume [B].
+
+def draw_anchors(known, organ, n):
+    """n random pixels of the mask `known` [B, h, w], half of them organ, or fewer if there are not.
+
+    Returns [n, 3]: image, row, column.
     """
-    place = place[:, ::2, ::2]                                     # [B, S/2, S/2, 3]
-    known = torch.nonzero(place.isfinite().all(-1))                # [pixels, 3]: image, row, column
-    few = torch.randperm(len(known))[:o.anchors].to(known.device)
-    b, r, c = known[few].T                                         # [n] each
-    where, who = place[b, r, c], volume[b]                         # [n, 3], [n]
+    some = []
+    for kind in (known & organ, known & ~organ):
+        pixels = torch.nonzero(kind)                               # [pixels, 3]
+        few = torch.randperm(len(pixels))[:n // 2]
+        some.append(pixels[few.to(pixels.device)])
+    return torch.cat(some)
+
+
+def reps_terms(o, banks, pixels):
+    """REPS of both networks at anchors that have a common place; fills the banks. A scalar."""
     L = 0.
-    for features, bank in zip(full, banks):
-        z = features[b, :, r, c]                                   # [n, d]
-        L = L + reps_loss(z, where, who, bank, o.radius, o.positives, o.temperature)
-        bank.push(F.normalize(z.detach().float(), dim=1), where, who)
+    for net, bank in enumerate(banks):
+        y = pixels.classes[net][:, ::2, ::2]                       # [B, S/2, S/2]
+        place = pixels.places[net][:, ::2, ::2]                    # [B, S/2, S/2, 3]
+        known = place.isfinite().all(-1)                           # [B, S/2, S/2]
+        b, row, column = draw_anchors(known, y > 0, o.anchors).T   # [n] each
+        if len(b):
+            z = pixels.fine[net][b, :, row, column]                # [n, d]
+            place = place[b, row, column]                          # [n, 3]
+            volume = pixels.volumes[net][b]                        # [n]
+            r, near = bank.nearest(place, volume, o.radius)
+            L = L + reps_loss(z, y[b, row, column], r, near, o.temperature)
+            bank.push(F.normalize(z.detach().float(), dim=1), place, volume)
     return L
 
 
@@ -431,10 +563,17 @@ def start_training(run, seed):
     if run.start:
         common.load_weights(students.unet, run.start["unet"], run.start["parts"])
     peak = o.pretrained_lr if run.start else o.lr
-    rest = [*students.swin.parameters(), *students.projectors.parameters()]
+    rest = [p for name, p in students.named_parameters() if not name.startswith("unet.")]
     groups = [{"params": students.unet.parameters(), "peak": peak, "warm_up": 0},
               {"params": rest, "peak": o.swin_lr, "warm_up": .05 * o.steps}]
-    return students, torch.optim.AdamW(groups, weight_decay=1e-4)
+    return students, torch.optim.AdamW(groups, weight_decay=o.weight_decay)
+
+
+def set_rates(optimiser, step, T):
+    """Each group's peak, warmed up and then half a cosine down to 0."""
+    for group in optimiser.param_groups:
+        warm = min(1, (step + 1) / (group["warm_up"] + 1))
+        group["lr"] = group["peak"] * warm * cosine(step, T)
 
 
 def train(run, row, registered):
@@ -447,32 +586,33 @@ def train(run, row, registered):
     own = dataset.of_patients(patients, labelled=True)
     others = dataset.of_patients(set(run.split["train"]) - set(patients))
     students, optimiser = start_training(run, row.seed)
-    banks = nn.ModuleList([MemoryBank(o.bank, o.projection), MemoryBank(o.bank, o.projection)])
-    banks.to(run.device)
+    banks = [MemoryBank(len(run.cases), o.bank, o.projection) for net in (0, 1)]
+    banks = nn.ModuleList(banks).to(run.device)
     for step in run.steps(row.name, T, (students, banks), optimiser):
-        for group in optimiser.param_groups:
-            warm = min(1, (step + 1) / (group["warm_up"] + 1))
-            group["lr"] = group["peak"] * warm * cosine(step, T)
-        labelled = draw_batch(run, own, registered.places)
-        unlabelled = draw_batch(run, others, registered.places, registered.warped)
+        set_rates(optimiser, step, T)
+        labelled = draw_batch(run, own, o.labelled_batch, registered.places)
+        unlabelled = draw_batch(run, others, o.unlabelled_batch, registered.places,
+                                registered.warped)
         with run.autocast():
-            seen = students(labelled.views)
-            seen_u = students(unlabelled.views)                    # by themselves: see no. 7
-        L_sup = sum(segmentation_loss(logits, labelled.label) for logits in seen.logits)
+            maps = students(labelled.views)
+            maps_u = students(unlabelled.views)                    # by themselves: see no. 7
+        L_sup = sum(segmentation_loss(logits, labelled.label) for logits in maps.logits)
         L_CT = L_RSL = L_contrast = L_REPS = 0.
         if not o.no_cross_teaching:
-            L_CT = cross_teaching_loss(*seen_u.logits)
+            L_CT = cross_teaching_loss(*maps_u.logits)
         # L_RSL = sum over both networks of 0.5 (CE + Dice)(p_u, y~_u), where y~_u = T(y_l*) is a
         # warped label, never the true one    (RSL) [ours]
         if not o.no_rsl:
-            L_RSL = sum(segmentation_loss(logits, unlabelled.label) for logits in seen_u.logits)
+            L_RSL = sum(segmentation_loss(logits, unlabelled.label) for logits in maps_u.logits)
+        pixels = pixels_of(labelled, maps, [labelled.label] * 2)
+        if step >= .075 * T:                                       # labelled slices alone at first
+            # the class of an unlabelled pixel is what the other network says
+            unet, swin = (logits.argmax(1) for logits in maps_u.logits)
+            pixels = joined(pixels, pixels_of(unlabelled, maps_u, [swin, unet]))
         if not o.no_contrast:
-            later = seen_u if step >= .075 * T else None           # labelled slices alone at first
-            L_contrast = contrast_terms(o, labelled.label, seen, later)
+            L_contrast = contrast_terms(o, pixels)
         if not o.no_reps:
-            place = torch.cat([labelled.place, unlabelled.place])
-            volume = torch.cat([labelled.volume, unlabelled.volume])
-            L_REPS = reps_terms(o, banks, joined(seen.full, seen_u.full), place, volume)
+            L_REPS = reps_terms(o, banks, pixels)
         # L = L_sup + w(t) L_CT + omega(t) L_RSL + lambda_c L_contrast + lambda_r L_REPS    [ours]
         w = o.cross_weight * ramp_up(step, .75 * T)
         omega = o.rsl_weight * decay(step, T)
@@ -486,7 +626,20 @@ def train(run, row, registered):
                     REPS=L_REPS, weight_cross=w, weight_RSL=omega)
         if not o.no_peek and (step % o.peek_every == 0 or step == T - 1):
             run.log(row.name, step=step, **peek(run, students, others, registered.warped))
+    run.log(row.name, labelled_seen=T * o.labelled_batch)
     return students
+
+
+def baseline_batch(run, numbers):
+    """--batch random slices for the baseline: image [B, C, S, S], label [B, S, S]."""
+    o = run.o
+    if not o.base_views:
+        return common.labelled_batch(run, numbers, o.batch)        # as in the other scripts
+    pick = common.random_slices(numbers, o.batch)                  # [B]
+    grid = base_grid(o.batch, o.size, run.device)                  # [B, S, S, 2]
+    image = warp(run.dataset.image(pick, run.device), grid)
+    label = warp(run.dataset.label(pick, run.device), grid, "nearest")
+    return common.channels_last(image), label
 
 
 def finetune(run, row):
@@ -498,7 +651,7 @@ def finetune(run, row):
     optimiser = torch.optim.AdamW(unet.parameters(), weight_decay=1e-4)
     for step in run.steps(row.name, o.steps, (unet,), optimiser):
         optimiser.param_groups[0]["lr"] = o.lr * cosine(step, o.steps)
-        image, label = common.labelled_batch(run, numbers, o.batch)        # [B, C, S, S], [B, S, S]
+        image, label = baseline_batch(run, numbers)                # [B, C, S, S], [B, S, S]
         with run.autocast():
             logits = unet(image).float()                           # [B, K, S, S]
         ce = F.cross_entropy(logits, label)
@@ -509,6 +662,7 @@ def finetune(run, row):
         if step % 50 == 0:
             run.log(row.name, step=step, cross_entropy=ce, dice_loss=dice,
                     cross_entropy_chance=math.log(len(run.classes)))
+    run.log(row.name, labelled_seen=o.steps * o.batch)
     return unet
 
 
@@ -538,9 +692,9 @@ def peek(run, students, unlabelled, warped):
     x = run.dataset.image(few, run.device)
     keep = (truth < 255).all((1, 2))                               # where there is a label
     students.eval()
-    seen = students([common.channels_last(x), x])
+    maps = students([common.channels_last(x), x])
     students.train()
-    unet, swin = (logits.argmax(1).cpu().numpy() for logits in seen.logits)
+    unet, swin = (logits.argmax(1).cpu().numpy() for logits in maps.logits)
     return {"peek_unet": mean_dice(run, unet[keep], truth[keep]),
             "peek_swin": mean_dice(run, swin[keep], truth[keep]),
             "peek_registration": mean_dice(run, warped[few].numpy()[keep], truth[keep])}
@@ -557,13 +711,14 @@ def peek_registration(run, registered, u, n):
         return {}
     pair = registered.pairs[u, n]
     still = torch.zeros_like(pair["back"])
-    kinds = {"dice_before": {"A": torch.eye(3, 4), "back": still},
-             "dice_affine": {"A": pair["A"], "back": still},
-             "dice_after": pair}
     found = {}
-    for name, kind in kinds.items():
-        label = registered.frames[n].warp_label(kind, volume)
-        found[name] = mean_dice(run, label.numpy(), truth)
+    with registered.device:
+        kinds = {"dice_before": {"A": torch.eye(3, 4), "back": still},
+                 "dice_affine": {"A": pair["A"], "back": still},
+                 "dice_after": pair}
+        for name, kind in kinds.items():
+            label = registered.frames[n].warp_label(kind, volume)
+            found[name] = mean_dice(run, label.cpu().numpy(), truth)
     return found
 
 
@@ -571,7 +726,8 @@ def peek_registration(run, registered, u, n):
 
 # From here on everything is in mm. A volume is a stack of prepared slices with voxels of (slice,
 # row, column) mm, and a place is (z, y, x) in mm about the volume's centre, so that volumes of any
-# size and spacing share one kind of coordinate.
+# size and spacing share one kind of coordinate. New tensors are made on the default device, which
+# `Registered` sets: the GPU if there is one.
 
 
 def points(shape, step, centre=0.):
@@ -585,11 +741,11 @@ def half_size(shape, step):
     return torch.tensor([n * mm / 2 for n, mm in zip(shape, step)])
 
 
-def sample(x, p, step, mode="bilinear", padding="zeros"):
+def sample(x, p, step, padding="zeros"):
     """Values [B, C, ...] of x [B, C, Z, Y, X], voxels of `step` mm, at the places p [B, ..., 3]."""
     grid = (p / half_size(x.shape[2:], step)).flip(-1)             # x, y, z in [-1, 1]
     grid = grid.flatten(1, -2)[:, None, None]                      # [B, 1, 1, n, 3]
-    values = F.grid_sample(x, grid, mode, padding, align_corners=False)    # [B, C, 1, 1, n]
+    values = F.grid_sample(x, grid, "bilinear", padding, align_corners=False)      # [B, C, 1, 1, n]
     return values[:, :, 0, 0].unflatten(-1, p.shape[1:-1])         # [B, C, ...]
 
 
@@ -655,8 +811,8 @@ def local_correlation(a, b, weight, radius=(1, 2, 2), flat=1e-3):
 
 def after_another(A, B):
     """The affine map x -> A(B(x)) of two [B, 3, 4]."""
-    M = A[:, :, :3]
-    return torch.cat([M @ B[:, :, :3], M @ B[:, :, 3:] + A[:, :, 3:]], 2)
+    M = A[:, :, :3] @ B                                            # [B, 3, 4]
+    return torch.cat([M[:, :, :3], M[:, :, 3:] + A[:, :, 3:]], 2)
 
 
 def inverse(A):
@@ -703,7 +859,8 @@ def register_affine(fixed, weight, p, moving, step, steps=40, keep=4, turn=.5):
     number = every.repeat(keep)                                    # [keep B]: whose they are
     M = torch.zeros(len(A), 3, 3, requires_grad=True)
     t = torch.zeros(len(A), 3, 1, requires_grad=True)
-    optimiser = torch.optim.Adam([{"params": M, "peak": .02}, {"params": t, "peak": step[1] / 4}])
+    groups = [{"params": M, "peak": .02}, {"params": t, "peak": step[1] / 4}]
+    optimiser = torch.optim.Adam(groups)
     for n in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * cosine(n, steps)
@@ -796,11 +953,6 @@ def jacobian(u, shape, step):
     return torch.linalg.det(J.movedim(1, -2) + torch.eye(3))
 
 
-def folded(u, shape, step):
-    """Share of voxels [B] that x -> x + u(x) folds; arguments as those of `jacobian`."""
-    return (jacobian(u, shape, step) <= 0).float().mean((1, 2, 3))
-
-
 def cycle_error(there, back, p, step):
     """|| T_back(T_there(x)) - x || in mm at the places p [Z, Y, X, 3]; 0: they undo each other.
 
@@ -846,7 +998,8 @@ def on_grid(dataset, n, p):
     Returns [1, 2, Z, Y, X].
     """
     volume = Stack(dataset, n)
-    image = dataset.image(volume.numbers).mean(1)[None, None]      # [1, 1, V, S, S]
+    image = dataset.image(volume.numbers, torch.get_default_device())      # [V, C, S, S]
+    image = image.mean(1)[None, None]                              # [1, 1, V, S, S]
     half = F.avg_pool3d(image, (1, 2, 2))                          # [1, 1, V, S/2, S/2]
     thick, mm, _ = volume.step
     mask = inside(p[None], volume.shape, volume.step)              # [1, 1, Z, Y, X]
@@ -872,7 +1025,7 @@ class Frame:
     def __init__(self, run, n):
         dataset = run.dataset
         self.volume = Stack(dataset, n)
-        label = dataset.label(self.volume.numbers)                 # [V, S, S]
+        label = dataset.label(self.volume.numbers, torch.get_default_device())     # [V, S, S]
         one_hot = F.one_hot(label, len(run.classes)).float()       # [V, S, S, K]
         self.label = one_hot.movedim(-1, 0)[None]                  # [1, K, V, S, S]
         organs = self.volume.points()[label > 0]                   # [n, 3]
@@ -882,7 +1035,7 @@ class Frame:
                             "leave this case out")
         lo, hi = organs.amin(0), organs.amax(0)
         self.centre = (lo + hi) / 2
-        size = ((hi - lo) * 1.4).tolist()
+        size = ((hi - lo) * 1.4).cpu().tolist()
 
         def box(step):
             counts = [max(4, math.ceil(s / mm)) for s, mm in zip(size, step)]
@@ -907,16 +1060,20 @@ class Frame:
         outside = inside(x, box.p.shape[:3], box.step)[0, 0] == 0  # [...]
         return torch.where(outside[..., None], torch.nan, there[0])
 
-    def warp_label(self, pair, volume):
-        """This volume's label on the voxels of the other, a `Stack`: [V, S, S], background outside.
+    def warp_one_hot(self, pair, volume):
+        """This volume's label, one-hot, linearly, on the voxels of a `Stack`: [K, V, S, S].
 
         Pulled: a voxel y of the other takes the label at T_back(y), so that labels go from here to
-        there by the map from there to here. One-hot, linearly, then arg max.
+        there by the map from there to here. Outside the box all but nothing, for background.
         """
         x = self.places(pair, volume.points()).nan_to_num(1e6)     # [V, S, S, 3]
         there = sample(self.label, x[None], self.volume.step)[0]   # [K, V, S, S]
         there[0] += 1e-3                                           # where all are 0
-        return there.argmax(0)
+        return there
+
+    def warp_label(self, pair, volume):
+        """The same as a label map: [V, S, S]."""
+        return self.warp_one_hot(pair, volume).argmax(0)
 
 
 def register_batch(frame, moving, step, stiffness):
@@ -950,13 +1107,17 @@ def register_batch(frame, moving, step, stiffness):
         u = resize(there, shape)                                   # [B, 3, Z, Y, X]
         error = cycle_error(u, resize(back, shape), p, box.step)   # [B, Z, Y, X]
         moved = sample(m, displaced(p, u), box.step)
+        J = jacobian(back, shape, box.step)                        # [B, Z-1, Y-1, X-1]
         found = {"A": A, "there": there, "back": back,
                  "before": local_correlation(f, m_first, box.weight * w_first),
                  "affine": local_correlation(f, m, w),
                  "after": local_correlation(f, moved, w),
-                 "folded": folded(back, shape, box.step),
+                 "folded": (J <= 0).float().mean((1, 2, 3)),
                  "cycle": (error * frame.organs).sum((1, 2, 3)) / frame.organs.sum()}
-    return [{k: v[b].clone() for k, v in found.items()} for b in range(len(moving))]
+    pairs = []
+    for b in range(len(moving)):
+        pairs.append({name: values[b].clone() for name, values in found.items()})
+    return pairs
 
 
 def register_all(run, volumes, labelled):
@@ -974,9 +1135,11 @@ def register_all(run, volumes, labelled):
     frames = {n: Frame(run, n) for n in labelled}
     batches = [volumes[b:b + 16] for b in range(0, len(volumes), 16)]
     grid = points(shape, step)                                     # [Z, Y, X, 3]
+    here = torch.get_default_device()
     pairs = {}
     moving = {}
-    for n, batch in tqdm([(n, b) for n in labelled for b in batches], "register", disable=None):
+    todo = [(n, batch) for n in labelled for batch in batches]
+    for n, batch in tqdm(todo, "register", disable=None):
         file = folder / f"{n}-{batch[0]}.pt"
         if not file.exists():
             for u in batch:
@@ -986,7 +1149,7 @@ def register_all(run, volumes, labelled):
             made = register_batch(frames[n], images, step, o.stiffness)
             common.save_checkpoint(file, method=METHOD, options={}, pairs=made)
         for u, pair in zip(batch, common.load_checkpoint(file, METHOD)["pairs"]):
-            pairs[u, n] = pair
+            pairs[u, n] = {name: value.to(here) for name, value in pair.items()}
     return pairs, frames
 
 
@@ -994,8 +1157,8 @@ class Registered:
     """What registration knows with the first n labelled patients.
 
     volumes, labelled: numbers of the training volumes, and of those with a label; pairs, frames: of
-    `register_all`; warped uint8 [N, S, S]: labels for slices of unlabelled volumes, else 0; places
-    float16 [N, 3, S, S]: common places of slices in mm, nan where there is none.
+    `register_all`, on `device`; warped uint8 [N, S, S]: labels for slices of unlabelled volumes,
+    else 0; places float16 [N, 3, S, S]: common places of slices in mm, nan where there is none.
     """
     def __init__(self, run, n):
         patients = run.patients(n)
@@ -1003,75 +1166,81 @@ class Registered:
         self.volumes = [v for v, p in enumerate(patient) if p in run.split["train"]]
         self.labelled = [v for p in patients for v in self.volumes
                          if patient[v] == p and run.cases[v].label]
-        self.brs = not run.o.no_brs
-        self.pairs, self.frames = register_all(run, self.volumes, self.labelled)
+        self.o = run.o
+        # on mps 3D sampling and pooling are missing
+        self.device = torch.device("cpu") if run.device.type == "mps" else run.device
         N, S = len(run.dataset.volume), run.o.size
         self.warped = torch.zeros(N, S, S, dtype=torch.uint8)
         self.places = torch.full((N, 3, S, S), torch.nan, dtype=torch.float16)
-        for u in self.volumes:
-            self.place_volume(Stack(run.dataset, u), u)
+        with self.device:                                          # new tensors are made there
+            self.pairs, self.frames = register_all(run, self.volumes, self.labelled)
+            for u in self.volumes:
+                self.place_volume(Stack(run.dataset, u), u)
 
-    def partner(self, volume):
-        """BRS: the labelled volume l* with the smallest cycle error; never the volume itself.
+    def partners(self, volume):
+        """BRS: the labelled volumes by their cycle error, l* first; never the volume itself.
 
-        With --no-brs partners are taken in turn, whatever their registration is worth.
+        With --no-brs they are taken in turn, whatever their registration is worth.
         """
         def cycle(n):
             return self.pairs[volume, n]["cycle"].item()
 
         others = [n for n in self.labelled if n != volume]
-        return min(others, key=cycle) if self.brs else others[volume % len(others)]
+        first = volume % len(others)
+        if self.o.no_brs:
+            return others[first:] + others[:first]
+        return sorted(others, key=cycle)
 
     def place_volume(self, volume, u):
         """Fill in the warped label and the common places of volume number u, a `Stack`.
 
-        A pixel goes to its best partner l*, and from there to the frame of the first labelled
-        volume, the common one.
+        The label is that of the best partner l*, or the mean over the best --atlases. A pixel goes
+        to l*, and from there to the frame of the first labelled volume, the common one.
         """
         first = self.labelled[0]
         partner = u
         x = volume.points()                                        # [V, S, S, 3]
         if u not in self.labelled:
-            partner = self.partner(u)
-            pair = self.pairs[u, partner]
-            frame = self.frames[partner]
-            x = frame.places(pair, x)
-            self.warped[volume.numbers] = frame.warp_label(pair, volume).byte()
+            partners = self.partners(u)
+            partner = partners[0]
+            x = self.frames[partner].places(self.pairs[u, partner], x)
+            votes = 0.
+            for n in partners[:self.o.atlases]:
+                votes = votes + self.frames[n].warp_one_hot(self.pairs[u, n], volume)
+            self.warped[volume.numbers] = votes.argmax(0).byte().cpu()
         if partner != first:
             x = self.frames[first].places(self.pairs[partner, first], x.nan_to_num(1e6))
-        self.places[volume.numbers] = x.movedim(-1, 1).half()      # [V, 3, S, S]
+        self.places[volume.numbers] = x.movedim(-1, 1).half().cpu()        # [V, 3, S, S]
 
 
 # ---------------------------------------------------------------------------------- the Swin-UNet
 
 
 def to_windows(x, w):
-    """[B, H, W, C] -> [B (H/w)(W/w), w^2, C]."""
+    """[B, H, W, C] -> [B, windows, w^2, C]."""
     B, H, W, C = x.shape
     x = x.view(B, H // w, w, W // w, w, C).transpose(2, 3)         # [B, H/w, W/w, w, w, C]
-    return x.reshape(-1, w * w, C)
+    return x.reshape(B, -1, w * w, C)
 
 
 def from_windows(x, w, H, W):
     """The inverse of `to_windows`."""
-    x = x.view(-1, H // w, W // w, w, w, x.shape[-1])
-    return x.transpose(2, 3).reshape(-1, H, W, x.shape[-1])
+    x = x.view(len(x), H // w, W // w, w, w, -1)
+    return x.transpose(2, 3).reshape(len(x), H, W, -1)
 
 
 @lru_cache(maxsize=64)
-def attention_mask(H, W, w, shift, real_h, real_w):
+def attention_mask(H, W, w, shift, device):
     """0 between tokens that may see each other, -inf elsewhere, for an H x W map rolled by -shift.
 
-    After the roll, windows at the border hold tokens from opposite sides of the image, and tokens
-    of the padding beyond real_h x real_w: each keeps to its own kind. Returns [windows, w^2, w^2].
+    After the roll, windows at the border hold tokens from opposite sides of the image: each side
+    keeps to itself. Returns [windows, w^2, w^2].
     """
-    def kinds(n, real):                                            # [n]: +1 rolled, +2 padding
-        place = torch.arange(n)
-        return (place < shift).long() + 2 * (place >= real).long()
-
-    kind = 4 * kinds(H, real_h)[:, None] + kinds(W, real_w)        # [H, W], before the roll
+    rolled_rows = torch.arange(H, device=device) < shift
+    rolled_columns = torch.arange(W, device=device) < shift
+    kind = 2 * rolled_rows[:, None] + 1 * rolled_columns           # [H, W], before the roll
     kind = kind.roll((-shift, -shift), (0, 1))
-    kind = to_windows(kind[None, ..., None], w)[..., 0]            # [windows, w^2]
+    kind = to_windows(kind[None, ..., None], w)[0, ..., 0]         # [windows, w^2]
     return torch.where(kind[:, :, None] == kind[:, None], 0., -torch.inf)
 
 
@@ -1091,18 +1260,14 @@ class WindowAttention(nn.Module):
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, x, mask):
-        """x [B w, n, dim], mask [w, n, n] with -inf between regions -> [B w, n, dim]."""
-        Bw, n, dim = x.shape
-        qkv = self.qkv(x).view(Bw, n, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # [B w, heads, n, dim / heads]
+        """x [B, w, n, dim] (w windows), mask [w, n, n], -inf between regions -> [B, w, n, dim]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))       # [B, w, n, 3, heads, d]
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                    # [B, w, heads, n, d]
         bias = self.bias[self.index].movedim(-1, 0)                # [heads, n, n]
-        bias = (bias + mask[:, None]).to(q)                        # [w, heads, n, n]
+        bias = bias + mask[:, None]                                # [w, heads, n, n]
         # softmax(q k' / sqrt(d) + bias) v
-        logits = (q * q.shape[-1] ** -.5) @ k.mT                   # [B w, heads, n, n]
-        logits = logits.unflatten(0, (-1, len(mask))) + bias       # [B, w, heads, n, n]
-        weight = logits.flatten(0, 1).softmax(-1).to(v)            # [B w, heads, n, n]
-        x = (weight @ v).transpose(1, 2)                           # [B w, n, heads, dim / heads]
-        return self.project(x.reshape(Bw, n, dim))
+        x = F.scaled_dot_product_attention(q, k, v, bias.to(q))    # [B, w, heads, n, d]
+        return self.project(x.transpose(2, 3).flatten(3))
 
 
 class SwinBlock(nn.Module):
@@ -1122,16 +1287,15 @@ class SwinBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        B, H, W, C = x.shape
+        H, W = x.shape[1:3]
         w = self.window
         shift = self.shift if max(H, W) > w else 0                 # one window: nothing to shift
-        h_pad, w_pad = H + -H % w, W + -W % w                      # multiples of the window
         x = x + self.place(x.movedim(-1, 1)).movedim(1, -1)        # convolved as [B, C, H, W]
-        y = F.pad(self.norm_1(x), (0, 0, 0, w_pad - W, 0, h_pad - H))
-        y = to_windows(y.roll((-shift, -shift), (1, 2)), w)        # [windows, w^2, C]
-        mask = attention_mask(h_pad, w_pad, w, shift, H, W).to(x.device)
-        y = from_windows(self.attention(y, mask), w, h_pad, w_pad)         # [B, h_pad, w_pad, C]
-        x = x + y.roll((shift, shift), (1, 2))[:, :H, :W]
+        y = self.norm_1(x).roll((-shift, -shift), (1, 2))
+        y = to_windows(y, w)                                       # [B, windows, w^2, C]
+        y = self.attention(y, attention_mask(H, W, w, shift, x.device))
+        y = from_windows(y, w, H, W)                               # [B, H, W, C]
+        x = x + y.roll((shift, shift), (1, 2))
         return x + self.mlp(self.norm_2(x))
 
 
@@ -1149,8 +1313,7 @@ class PatchMerging(nn.Module):
         self.reduce = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x):
-        four = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        x = torch.cat(four, -1)                                    # [B, H/2, W/2, 4C]
+        x = F.pixel_unshuffle(x.movedim(-1, 1), 2).movedim(1, -1)          # [B, H/2, W/2, 4C]
         return self.reduce(self.norm(x))
 
 
@@ -1163,20 +1326,19 @@ class PatchExpanding(nn.Module):
         self.norm = nn.LayerNorm(out)
 
     def forward(self, x):
-        B, H, W, _ = x.shape
-        f = self.factor
-        x = self.expand(x).view(B, H, W, f, f, -1).transpose(2, 3)         # [B, H, f, W, f, C_out]
-        return self.norm(x.reshape(B, f * H, f * W, -1))
+        x = self.expand(x).movedim(-1, 1)                          # [B, f^2 C_out, H, W]
+        return self.norm(F.pixel_shuffle(x, self.factor).movedim(1, -1))
 
 
 class SwinUNet(nn.Module):
     """A U-Net of Swin blocks (Cao et al. 2021; Liu et al. 2021) on patches of 4 x 4.
 
     Three stages down, two up, skips between them. Any input size: it pads to a multiple of 16
-    inside, and every block pads to its window.
+    windows; where `window` divides S / 16 there is nothing to pad.
     """
     def __init__(self, channels, classes, dim=48, window=6, depths=(2, 2, 2), heads=(3, 6, 12)):
         super().__init__()
+        self.unit = 16 * window                                    # a side that all windows divide
         self.patches = nn.Conv2d(channels, dim, 4, 4)
         self.patch_norm = nn.LayerNorm(dim)
         self.down_1 = stage(dim, depths[0], window, heads[0])
@@ -1195,9 +1357,9 @@ class SwinUNet(nn.Module):
         self.head = nn.Conv2d(dim // 2, classes, 1)
 
     def maps(self, x):
-        """[B, C, H, W] -> a coarse map [B, 2 dim, H/8, W/8] and a full one [B, dim / 2, H, W]."""
+        """[B, C, H, W] -> a coarse map [B, 2 dim, H/8, W/8] and a fine one [B, dim / 2, H, W]."""
         H, W = x.shape[2:]
-        x = F.pad(x, (0, -W % 16, 0, -H % 16))
+        x = F.pad(x, (0, -W % self.unit, 0, -H % self.unit))
         x = self.patch_norm(self.patches(x).movedim(1, -1))        # [B, H/4, W/4, dim]
         skip_1 = self.down_1(x)
         skip_2 = self.down_2(self.merge_1(skip_1))                 # [B, H/8, W/8, 2 dim]
@@ -1205,9 +1367,9 @@ class SwinUNet(nn.Module):
         x = self.join_2(torch.cat([self.expand_2(x), skip_2], -1))
         coarse = self.up_2(x)                                      # [B, H/8, W/8, 2 dim]
         x = self.join_1(torch.cat([self.expand_1(coarse), skip_1], -1))
-        full = self.last(self.up_1(x))                             # [B, H, W, dim / 2]
+        fine = self.last(self.up_1(x))                             # [B, H, W, dim / 2]
         coarse = coarse[:, :math.ceil(H / 8), :math.ceil(W / 8)]
-        return coarse.movedim(-1, 1), full[:, :H, :W].movedim(-1, 1)
+        return coarse.movedim(-1, 1), fine[:, :H, :W].movedim(-1, 1)
 
     def forward(self, x):                                          # [B, C, H, W] -> [B, K, H, W]
         return self.head(self.maps(x)[1])
@@ -1243,7 +1405,7 @@ def write_registrations(run, registered):
     """registration.csv, a line a pair; printed: means over all pairs, and over BRS's partners."""
     pairs = [(u, n) for u, n in registered.pairs if u != n]
     rows = [pair_row(run, registered, u, n) for u, n in pairs]
-    taken = [row for row, (u, n) in zip(rows, pairs) if registered.partner(u) == n]
+    taken = [row for row, (u, n) in zip(rows, pairs) if registered.partners(u)[0] == n]
     columns = dict.fromkeys(k for row in rows for k in row)        # not all volumes have a Dice
     table = [{k: row.get(k, "") for k in columns} for row in rows]
     common.write_csv(run.out / "registration.csv", table)
@@ -1265,60 +1427,85 @@ def draw_registration(run, registered):
 
     Fixed, moving before, after the affine map, after all, and the Jacobian, folded voxels in red.
     """
-    shape, step = registration_grid(run.dataset)
     some = evenly([u for u in registered.volumes if u not in registered.labelled], 4)
     figure, axes = common.new_figure(len(some), 5)
     for u, row in zip(some, axes):
-        n = registered.partner(u)
-        box = registered.frames[n].box
+        n = registered.partners(u)[0]
         pair = registered.pairs[u, n]
-        moving = on_grid(run.dataset, u, points(shape, step))      # [1, 2, Z, Y, X]
-        there = pair["there"][None]                                # [1, 3, z, y, x]
-        A = pair["A"][None]
-        end = displaced(box.p, resize(there, box.p.shape[:3]))     # [1, Z, Y, X, 3]
-        pictures = [
-            (box.image, f"fixed: {run.cases[n].name}"),
-            (sample(moving, box.p[None], step), f"moving: {run.cases[u].name}"),
-            (sample(moving, move(A, box.p), step), f"affine, {float(pair['affine']):.2f}"),
-            (sample(moving, move(A, end), step), f"deformed, {float(pair['after']):.2f}")]
-        middle = len(box.p) // 2
-        for axis, (picture, title) in zip(row, pictures):
-            common.show(axis, picture[0, 0, middle], title=title)
-        J = jacobian(there, box.p.shape[:3], box.step)[0]          # [Z-1, Y-1, X-1]
-        J = J[min(middle, len(J) - 1)]
-        row[4].imshow(J, cmap="gray", vmin=0, vmax=2)
-        row[4].imshow(np.ma.masked_greater(J, 0), cmap="autumn")
+        with registered.device:
+            pictures, J = registration_pictures(run, registered, u, n)
+        titles = [f"fixed: {run.cases[n].name}", f"moving: {run.cases[u].name}",
+                  f"affine, {float(pair['affine']):.2f}", f"deformed, {float(pair['after']):.2f}"]
+        for axis, picture, title in zip(row, pictures, titles):
+            common.show(axis, picture.cpu(), title=title)
+        row[4].imshow(J.cpu(), cmap="gray", vmin=0, vmax=2)
+        row[4].imshow(np.ma.masked_greater(J.cpu(), 0), cmap="autumn")
         row[4].set_title(f"Jacobian, {100 * float(pair['folded']):.2f} % folded\n"
                          f"cycle {float(pair['cycle']):.1f} mm", fontsize=8)
     common.save_figure(figure, run.out / "figures/registration.png")
 
 
-def draw_correspondences(run, registered):
-    """correspondences.png: what REPS takes for the same place.
+def registration_pictures(run, registered, u, n):
+    """The four pictures of the pair (u, n) and the Jacobian, on the middle slice of the box."""
+    shape, step = registration_grid(run.dataset)
+    moving = on_grid(run.dataset, u, points(shape, step))          # [1, 2, Z, Y, X]
+    pair = registered.pairs[u, n]
+    box = registered.frames[n].box
+    whole = box.p.shape[:3]
+    there = pair["there"][None]                                    # [1, 3, z, y, x]
+    A = pair["A"][None]
+    end = displaced(box.p, resize(there, whole))                   # [1, Z, Y, X, 3]
+    images = [box.image]
+    for p in (box.p[None], move(A, box.p), move(A, end)):
+        images.append(sample(moving, p, step))
+    J = jacobian(there, whole, box.step)[0]                        # [Z-1, Y-1, X-1]
+    middle = len(box.p) // 2
+    return [x[0, 0, middle] for x in images], J[min(middle, len(J) - 1)]
 
-    Nine pixels of one slice, and in other volumes those nearest to them in the common frame.
+
+def choose_anchor(run, registered):
+    """A pixel in the middle of the largest organ of the first labelled volume.
+
+    Returns (slice number, row, column, class).
     """
-    dataset, S = run.dataset, run.o.size
-    places = registered.places.float()                             # [N, 3, S, S]
-    some = evenly(registered.volumes, 6)
-    numbers = Stack(dataset, some[0]).numbers
-    query = places[numbers[len(numbers) // 2]]                     # [3, S, S]: its middle slice
-    places = places.nan_to_num(1e6)                                # no place is far away
-    rows = [S // 2 - S // 8, S // 2, S // 2 + S // 8]
-    spots = [query[:, r, c] for r in rows for c in rows]           # [3] each
-    figure, axes = common.new_figure(1, len(some))
-    for axis, v in zip(axes[0], some):
-        numbers = Stack(dataset, v).numbers
-        # the slice with the place in the middle of the nine
-        far = (places[numbers] - spots[4][:, None, None]).norm(dim=1)      # [V, S, S] mm
-        number = numbers[int(far.amin((1, 2)).argmin())]
-        picture = dataset.image(np.array([number]))[0, 0]          # [S, S]
-        common.show(axis, picture, title=f"{run.cases[v].name}, slice {dataset.slice[number] + 1}")
-        for k, spot in enumerate(spots):
-            far = (places[number] - spot[:, None, None]).norm(dim=0)       # [S, S] mm
-            if far.min() <= run.o.radius:
-                y, x = divmod(int(far.argmin()), S)
-                axis.plot(x, y, "o", color=f"C{k}", markersize=4, mec="white", mew=.5)
+    numbers = Stack(run.dataset, registered.labelled[0]).numbers
+    label = run.dataset.label(numbers)                             # [V, S, S]
+    k = int(torch.bincount(label[label > 0]).argmax())
+    v = int((label == k).sum((1, 2)).argmax())
+    pixels = torch.nonzero(label[v] == k)                          # [n, 2]
+    far = (pixels - pixels.float().mean(0)).norm(dim=1)            # [n]
+    row, column = pixels[far.argmin()].tolist()
+    return numbers[v], row, column, k
+
+
+@torch.no_grad()
+def draw_correspondences(run, registered, net):
+    """correspondences.png, the paper's Fig. 2: positives of one anchor, by labels and by places.
+
+    Above, label-guided: every pixel that `net` gives the anchor's class, right or wrong. Below,
+    registration-guided (REPS): in each volume the one pixel nearest to the anchor's common place.
+    """
+    dataset, o = run.dataset, run.o
+    number, row, column, k = choose_anchor(run, registered)
+    spot = registered.places[number, :, row, column].float()       # [3] mm
+    some = evenly([u for u in registered.volumes if u not in registered.labelled], 5)
+    figure, axes = common.new_figure(2, 1 + len(some))
+    kinds = (f"label-guided: {run.classes[k]}", "registration-guided")
+    for axis, kind in zip(axes[:, 0], kinds):
+        common.show(axis, dataset.image(np.array([number]))[0, 0], title=f"anchor, {kind}")
+        axis.plot(column, row, "o", color="C3", markersize=5, mec="white", mew=.5)
+    for u, (above, below) in zip(some, axes[:, 1:].T):
+        numbers = Stack(dataset, u).numbers
+        places = registered.places[numbers].float()                # [V, 3, S, S]
+        far = (places.nan_to_num(1e6) - spot[:, None, None]).norm(dim=1)   # [V, S, S] mm
+        v, y, x = np.unravel_index(int(far.argmin()), far.shape)
+        image = dataset.image(numbers[[v]], run.device)            # [1, C, S, S]
+        mine = net(image).argmax(1)[0].cpu() == k                  # [S, S]
+        picture = image[0, 0].cpu()
+        common.show(above, picture, k * mine, len(run.classes), run.cases[u].name)
+        common.show(below, picture, title=f"slice {v + 1}, {far.min():.1f} mm")
+        if far.min() <= o.radius:
+            below.plot(x, y, "o", color="C3", markersize=5, mec="white", mew=.5)
     common.save_figure(figure, run.out / "figures/correspondences.png")
 
 
@@ -1359,19 +1546,24 @@ def main(arguments=None):
     check(run)
     rows = run.choose("scratch", row_name(o))
     run.begin()
-    registered = registrations(run) if row_name(o) in rows else {}
+    registered = {}
+    if row_name(o) in rows and not nothing_on(o):
+        registered = registrations(run)
     for row in run.rows():
-        if row.method == "scratch":
+        if row.method == "scratch" or nothing_on(o):
             run.score(row, finetune(run, row))
         else:
             students = train(run, row, registered[row.labelled])
             run.score(row, students.unet, Swin=students.swin)
-    common.draw_overlays(run, run.first_nets(common.build_unet, "scratch", row_name(o)))
+    nets = run.first_nets(common.build_unet, "scratch", row_name(o))
+    common.draw_overlays(run, nets)
     if not registered:
         return run.report("overlays.png", common.LOOK_ROWS)
+    print(f"labelled slices seen: scratch {o.steps * o.batch}, each network of CCT-R "
+          f"{o.steps * o.labelled_batch}")
     few = registered[min(o.labelled)]                              # the fewest labels show the most
     draw_registration(run, few)
-    draw_correspondences(run, few)
+    draw_correspondences(run, few, list(nets.values())[-1])
     if not o.no_peek:
         draw_pseudo_labels(run)
     run.report("registration.png", LOOK)

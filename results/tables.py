@@ -161,12 +161,19 @@ def read_text(path):
         raise RunError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def draw(runs, path):
-    """Mean Dice against labelled patients, a line a method and run, bars of one std over seeds."""
+def new_axis():
+    """(figure, axis) that needs no screen."""
     import matplotlib                                              # here: a second to import
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    axis.grid(alpha=.3)
+    return figure, axis
+
+
+def draw(runs, path):
+    """Mean Dice against labelled patients, a line a method and run, bars of one std over seeds."""
+    figure, axis = new_axis()
     drawn = set()
     for run in runs:
         summary = run["metrics"]["summary"]
@@ -185,10 +192,45 @@ def draw(runs, path):
             axis.set_xticks(labelled, labelled)
     axis.minorticks_off()
     axis.set(xlabel="labelled patients", ylabel="mean Dice")
-    axis.grid(alpha=.3)
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+
+
+def dice_by_steps(method):
+    """{labelled: {steps: mean Dice}} of the kept runs length_METHOD_STEPS (seed 0, validation)."""
+    dice = {}
+    for folder in sorted((HERE / "runs").glob(f"length_{method}_*")):
+        run = read_run(folder)
+        for row in run["metrics"]["summary"]:
+            if row["method"] == method:
+                of_labelled = dice.setdefault(row["labelled"], {})
+                of_labelled[run["options"]["steps"]] = row["mean_dice"]["mean"]
+    return dice
+
+
+def draw_length(path):
+    """length.png: what is left of Pix2Rep's gain, the longer the baseline is trained.
+
+    Pix2Rep at the length that is best for it, the baseline at each of its lengths.
+    """
+    scratch = dice_by_steps("scratch")
+    pix2rep = dice_by_steps("pix2rep")
+    figure, axis = new_axis()
+    axis.axvspan(300, 3300, color="tab:gray", alpha=.15, lw=0)
+    axis.text(1000, axis.get_ylim()[0], "updates of others' baselines", fontsize=7, ha="center",
+              va="bottom", transform=axis.get_xaxis_transform())
+    for labelled in sorted(scratch.keys() & pix2rep.keys()):
+        best = max(pix2rep[labelled].values())
+        steps = sorted(scratch[labelled])
+        gain = [100 * (best - scratch[labelled][s]) for s in steps]
+        axis.semilogx(steps, gain, marker="o", label=f"{labelled} labelled")
+        axis.set_xticks(steps, steps)
+    axis.axhline(0, color="black", lw=.8)
+    axis.minorticks_off()
+    axis.set(xlabel="updates of the baseline", ylabel="gain of Pix2Rep, Dice points",
+             title="gain against updates of the baseline", ylim=(None, None))
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def keep(folder):
@@ -241,6 +283,8 @@ def main(words):
         return
     for page in pages():
         page.write_text(rewritten(page))
+    if dice_by_steps("scratch"):
+        draw_length(HERE / "figures/length.png")
 
 
 if __name__ == "__main__":

@@ -374,7 +374,7 @@ def contrast_by_loop(z, y, temperature):
 
 def print_contrast(setup, o):
     """The class-balanced contrast by sums over classes against the loop."""
-    n = 2 * (o.batch // 2) * (o.block // 2) ** 2
+    n = 2 * (o.labelled_batch + o.unlabelled_batch) * (o.block // 2) ** 2
     shape = (o.groups, n, o.projection)
     z = torch.randn(shape, device=setup.device, requires_grad=True)
     y = torch.randint(4, (o.groups, n), device=setup.device)
@@ -425,8 +425,8 @@ def cct_r_chapter(setup):
 
     spent = seconds_in_loop(setup, run, train, parts)
     whole = sum(spent.values())
-    print(f"\nCCT-R, two networks, {o.batch // 4} + {o.batch // 4} slices of {o.size}x{o.size}, "
-          f"width {o.width}, {o.precision}: {1000 * whole:.0f} ms a step")
+    print(f"\nCCT-R, two networks, {o.labelled_batch} + {o.unlabelled_batch} slices of "
+          f"{o.size}x{o.size}, width {o.width}, {o.precision}: {1000 * whole:.0f} ms a step")
     print_parts(spent)
     for part in ("no_reps", "no_contrast"):                        # one more off each time
         setattr(o, part, True)

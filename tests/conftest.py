@@ -26,7 +26,7 @@ TINY = {
     "pix2rep": "--batch 4 --pretrain-steps 6 --pretrain-batch 4 --probe-steps 4 --dim 8 "
                "--projection 8 --pixels 64",
     "macl": "--batch 4 --pretrain-steps 6 --pretrain-batch 4 --pretrain-size 64",
-    "cct_r": "--batch 8 --swin-dim 12 --window 4 --projection 8 --block 8 --groups 4 --bank 64 "
+    "cct_r": "--batch 8 --swin-dim 12 --window 2 --projection 8 --block 8 --groups 4 --bank 64 "
              "--anchors 16 --peek-every 2",
 }
 def options(script):

@@ -99,7 +99,7 @@ def test_a_known_smooth_field_is_recovered():
     moved = sample(moving, p + found.movedim(1, -1), STEP)
     assert cct_r.local_correlation(fixed, moving, weight) < .9
     assert cct_r.local_correlation(fixed, moved, weight) > .9
-    assert cct_r.folded(u, p.shape[:3], STEP) == 0
+    assert (cct_r.jacobian(u, p.shape[:3], STEP) > 0).all()
 
 
 def test_identical_volumes_stay_where_they_are():
@@ -162,14 +162,14 @@ def test_the_flow_backwards_undoes_the_flow():
 def test_folding_is_counted():
     p = cct_r.points((6, 12, 12), STEP)
     flat = torch.zeros(1, 3, 6, 12, 12)
-    assert cct_r.folded(flat, p.shape[:3], STEP) == 0
+    assert (cct_r.jacobian(flat, p.shape[:3], STEP) == 1).all()
     fold = flat.clone()
     fold[:, 2, :, :, 6:] = -12.                                    # these jump 3 voxels to the left
     J = cct_r.jacobian(fold, p.shape[:3], STEP)[0]
     assert (J[:, :, 5] == -2).all()                                # 1 + (-12 mm) / (4 mm)
     assert (J[:, :, 4] == 1).all()
     assert (J[:, :, 6] == 1).all()
-    assert cct_r.folded(fold, p.shape[:3], STEP).item() == pytest.approx(1 / 11)
+    assert (J <= 0).float().mean().item() == pytest.approx(1 / 11)
     stretch = flat.clone()
     stretch[0] = .5 * p.movedim(-1, 0)
     J = cct_r.jacobian(stretch, p.shape[:3], STEP)
@@ -182,25 +182,41 @@ def test_folding_is_counted():
 def test_windows_and_their_inverse():
     x = torch.rand(2, 12, 18, 5)
     w = cct_r.to_windows(x, 6)
-    assert w.shape == (2 * 6, 36, 5)
-    assert torch.equal(w[1], x[0, :6, 6:12].reshape(36, 5))
+    assert w.shape == (2, 6, 36, 5)
+    assert torch.equal(w[0, 1], x[0, :6, 6:12].reshape(36, 5))
     assert torch.equal(cct_r.from_windows(w, 6, 12, 18), x)
 
 
-@pytest.mark.parametrize("H, W, real_h, real_w, shift",
-                         [(12, 12, 12, 12, 3), (12, 18, 10, 13, 3), (6, 6, 5, 6, 0)])
-def test_attention_mask(H, W, real_h, real_w, shift):
-    """Tokens of a window see each other if they were as near before the roll, and of one kind."""
-    mask = cct_r.attention_mask(H, W, 6, shift, real_h, real_w)
+@pytest.mark.parametrize("H, W, shift", [(12, 12, 3), (12, 18, 3), (12, 12, 2), (6, 6, 0)])
+def test_attention_mask(H, W, shift):
+    """Tokens of a window see each other if they were as near before the roll."""
+    mask = cct_r.attention_mask(H, W, 6, shift, torch.device("cpu"))
     rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     place = torch.stack([rows, columns], -1).roll((-shift, -shift), (0, 1))
-    before = cct_r.to_windows(place[None], 6)                      # [windows, 36, 2]
+    before = cct_r.to_windows(place[None], 6)[0]                   # [windows, 36, 2]
     for window, tokens in zip(mask, before.tolist()):
         for i, (a, b) in enumerate(tokens):
             for j, (c, d) in enumerate(tokens):
-                near = abs(a - c) < 6 and abs(b - d) < 6
-                alike = (a < real_h) == (c < real_h) and (b < real_w) == (d < real_w)
-                assert (window[i, j] == 0) == (near and alike)
+                assert (window[i, j] == 0) == (abs(a - c) < 6 and abs(b - d) < 6)
+
+
+def test_attention_equals_the_loop():
+    """softmax(q k' / sqrt(d) + bias) v of every window and head, with the mask."""
+    torch.manual_seed(0)
+    net = cct_r.WindowAttention(6, 2, 2).double()
+    x = torch.rand(3, 2, 4, 6).double()                            # 3 images, 2 windows, 4 tokens
+    mask = torch.zeros(2, 4, 4).double()
+    mask[1, :2, 2:] = -torch.inf
+    mask[1, 2:, :2] = -torch.inf
+    want = torch.zeros(3, 2, 4, 6).double()
+    qkv = net.qkv(x)
+    for b in range(3):
+        for w in range(2):
+            for head in range(2):
+                q, k, v = (qkv[b, w, :, 6 * n + 3 * head:][:, :3] for n in range(3))
+                sim = q @ k.T / math.sqrt(3) + net.bias[net.index][..., head] + mask[w]
+                want[b, w, :, 3 * head:3 * head + 3] = sim.softmax(1) @ v
+    assert torch.allclose(net(x, mask), net.project(want))
 
 
 @pytest.mark.parametrize("size", [(96, 96), (50, 70), (33, 20)])
@@ -208,9 +224,9 @@ def test_any_size(size):
     H, W = size
     net = SwinUNet(2, 5, 12, 4)
     assert net(torch.rand(1, 2, H, W)).shape == (1, 5, H, W)
-    coarse, full = net.maps(torch.rand(1, 2, H, W))
+    coarse, fine = net.maps(torch.rand(1, 2, H, W))
     assert coarse.shape == (1, 24, math.ceil(H / 8), math.ceil(W / 8))
-    assert full.shape == (1, 6, H, W)
+    assert fine.shape == (1, 6, H, W)
 
 
 def test_no_token_sees_across_the_border_and_shifted_windows_join():
@@ -230,6 +246,15 @@ def test_no_token_sees_across_the_border_and_shifted_windows_join():
     assert last_changed(plain) == [5, 5]
     assert last_changed(shifted) == [2, 2]                         # no wrapping around
     assert last_changed(plain, shifted) == [8, 8]
+
+
+@pytest.mark.parametrize("size, window", [(32, 2), (64, 4), (96, 6), (128, 4), (224, 7)])
+def test_the_default_window_divides_every_map(phantom, size, window):
+    words = ["--data", str(phantom), "--size", str(size), "--spacing", "5", "--block", "8"]
+    run_ = common.Run(common.parse_options("cct_r", "", cct_r.OPTIONS, words))
+    cct_r.check(run_)
+    assert run_.o.window == window
+    assert size // 16 % window == 0
 
 
 def test_relative_position_bias():
@@ -338,39 +363,69 @@ def test_features_and_labels_are_cut_in_the_same_order():
     for offset in ((0, 0), (2, 1)):
         features = cct_r.cut(z, 4, offset)
         labels = cct_r.cut(y[:, None], 4, offset)[..., 0]
-        assert features.shape == (2 * 3, 3 * 16, 4)
+        assert features.shape == (3, 2 * 3, 16, 4)
         assert torch.equal(features.argmax(-1), labels)
-    second = cct_r.cut(y[:, None], 4)[1, :16, 0]
+    second = cct_r.cut(y[:, None], 4)[0, 1, :, 0]
     assert torch.equal(second, y[0, :4, 4:8].flatten())            # one block is local
     other_order = y.transpose(1, 2).reshape(3, 10, 14)
     assert cct_r.local_contrast([z, z], [y, y], 4, 6, .1) < .1
     assert cct_r.local_contrast([z, z], [y, other_order], 4, 6, .1) > .1
 
 
+def test_a_group_has_a_block_of_every_image_each_at_its_own_place(monkeypatch):
+    """Each feature names its network, image and block: every block in one group, none twice."""
+    torch.manual_seed(0)
+    B, size, side = 3, 2, 8
+    block = torch.arange(16).view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    image = torch.arange(B).view(B, 1, 1).expand(B, side, side)
+    maps = [torch.stack([torch.full((B, side, side), net), image, block.expand(B, side, side)], 1)
+            for net in (0, 1)]
+    groups = []
+    monkeypatch.setattr(cct_r, "balanced_contrastive_loss", lambda z, y, t: groups.append((z, y)))
+    labels = [m[:, 1] + 1 for m in maps]                           # the class: 1 + the image
+    cct_r.local_contrast([m.float() for m in maps], labels, size, 99, .1)
+    (z, y), = groups
+    assert z.shape == (16, 2 * B * size ** 2, 3)
+    assert torch.equal(y, z[..., 1].long() + 1)
+    whole = z.view(16, 2 * B, size ** 2, 3)
+    assert (whole == whole[:, :, :1]).all()                        # a block stays in one piece
+    seen = {tuple(v) for v in whole[:, :, 0].reshape(-1, 3).int().tolist()}
+    assert len(seen) == 2 * B * 16                                 # every block of every image once
+    for group in whole[:, :, 0]:
+        assert len({tuple(v) for v in group[:, :2].int().tolist()}) == 2 * B
+    places = whole[:, :, 0, 2]                                     # [groups, network and image]
+    assert all((places[:, 0] != places[:, k]).any() for k in range(1, 2 * B))
+
+
 def test_groups_of_background_are_skipped():
+    torch.manual_seed(0)
     y = torch.zeros(1, 8, 8, dtype=torch.long)
     z = torch.rand(1, 5, 8, 8, requires_grad=True)
     assert cct_r.local_contrast([z, z], [y, y], 4, 9, .1).item() == 0
     y[0, 0, :2] = 1
-    cct_r.local_contrast([z, z], [y, y], 4, 9, .1).backward()
-    assert z.grad[..., :4, :4].abs().max() > 0
-    assert z.grad[..., 4:, :].abs().max() == 0
-    assert z.grad[..., :, 4:].abs().max() == 0
+    still = torch.rand(1, 5, 8, 8)
+    used = set()
+    for _ in range(40):
+        z.grad = None
+        cct_r.local_contrast([z, still], [y, torch.zeros_like(y)], 4, 9, .1).backward()
+        block = F.max_pool2d(z.grad.abs().amax(1), 4)[0] > 0       # [2, 2]: which blocks are in it
+        used.add(tuple(map(tuple, block.nonzero().tolist())))
+    assert used == {((0, 0),)}                                     # its partner is anywhere
 
 
-def test_an_unlabelled_pixel_has_the_class_of_the_other_network(monkeypatch):
+def made_up_pixels(B=2, S=16, d=4):
+    """`Pixels` of random features and classes, each network's own."""
+    coarse = [torch.randn(B, d, S // 8, S // 8) for _ in range(2)]
+    fine = [torch.randn(B, d, S // 2, S // 2) for _ in range(2)]
+    classes = [torch.randint(0, 3, (B, S, S)) for _ in range(2)]
+    place = torch.rand(B, S, S, 3)
+    return cct_r.Pixels(coarse, fine, classes, [place] * 2, [torch.arange(B)] * 2)
+
+
+def test_what_the_contrast_compares(monkeypatch):
     """What contrast_terms hands to local_contrast: classes, sizes and groups at both levels."""
     torch.manual_seed(0)
     o = argparse.Namespace(block=8, groups=5, temperature=.1)
-
-    def maps():
-        logits = [torch.randn(2, 3, 16, 16) for _ in range(2)]
-        coarse = [torch.randn(2, 4, 2, 2) for _ in range(2)]
-        full = [torch.randn(2, 4, 8, 8) for _ in range(2)]
-        return cct_r.Maps(logits, coarse, full)
-
-    seen, seen_u = maps(), maps()
-    label = torch.randint(0, 3, (2, 16, 16))
     calls = []
 
     def noted(*arguments):
@@ -378,101 +433,200 @@ def test_an_unlabelled_pixel_has_the_class_of_the_other_network(monkeypatch):
         return torch.tensor(1.)
 
     monkeypatch.setattr(cct_r, "local_contrast", noted)
-    assert cct_r.contrast_terms(o, label, seen, seen_u).item() == 2
-    (coarse, small, *rest), (full, half, *rest_full) = calls
+    first, second = made_up_pixels(), made_up_pixels()
+    pixels = cct_r.joined(first, second)
+    assert cct_r.contrast_terms(o, pixels).item() == 2
+    (coarse, small, *rest), (fine, half, *rest_fine) = calls
     assert rest == [4, 4, .1]
-    assert rest_full == [4, 5, .1]
+    assert rest_fine == [4, 5, .1]
     for net in (0, 1):
-        other = seen_u.logits[1 - net].argmax(1)
-        assert torch.equal(half[net], torch.cat([label, other])[:, ::2, ::2])
-        assert torch.equal(full[net], torch.cat([seen.full[net], seen_u.full[net]]))
-        assert torch.equal(coarse[net], torch.cat([seen.coarse[net], seen_u.coarse[net]]))
-        assert small[net].shape == (4, 2, 2)
-    calls.clear()
-    cct_r.contrast_terms(o, label, seen)                           # at first labelled ones alone
-    full, half = calls[1][:2]
-    for net in (0, 1):
-        assert torch.equal(half[net], label[:, ::2, ::2])
-        assert torch.equal(full[net], seen.full[net])
+        classes = torch.cat([first.classes[net], second.classes[net]])
+        assert torch.equal(half[net], classes[:, ::2, ::2])
+        assert torch.equal(small[net], classes[:, 4::8, 4::8])
+        assert torch.equal(fine[net], torch.cat([first.fine[net], second.fine[net]]))
+        assert torch.equal(coarse[net], torch.cat([first.coarse[net], second.coarse[net]]))
+        assert torch.equal(pixels.volumes[net], torch.tensor([0, 1, 0, 1]))
+
+
+def test_the_class_of_a_cell_is_that_of_its_middle():
+    """A border that a cell's middle has or has not passed: at most a pixel beside it."""
+    for k in range(8):                                             # at most a pixel off the middle
+        ramp = (torch.arange(64) > 8 * k + 4).long().expand(1, 64, 64)
+        assert cct_r.cell_classes(ramp, (8, 8))[0, 0].tolist() == [0] * (k + 1) + [1] * (7 - k)
+        ramp = (torch.arange(64) > 8 * k + 2).long().expand(1, 64, 64)
+        assert cct_r.cell_classes(ramp, (8, 8))[0, 0].tolist() == [0] * k + [1] * (8 - k)
 
 
 def test_memory_bank():
-    bank = MemoryBank(4, 2)
+    bank = MemoryBank(4, 2, 2)                                     # 4 volumes, 2 features each
+    z = torch.eye(2)
     where = torch.tensor([[0., 0, 0], [0, 0, 3], [0, 0, 9]])
-    here = torch.tensor([[0., 0, 1]])
-    bank.push(torch.eye(3)[:, :2], where, torch.tensor([7, 8, 8]))
-    index, near = bank.nearest(here, torch.tensor([5]), 2.5, 3)
-    assert index[0, :2].tolist() == [0, 1]                         # nearest first
-    assert near[0].tolist() == [True, True, False]                 # the third is too far
-    index, near = bank.nearest(here, torch.tensor([7]), 2.5, 3)
-    assert index[0, 0] == 1                                        # never the own volume
-    assert near[0].tolist() == [True, False, False]
-    new = torch.tensor([[5., 5, 5], [6, 6, 6]])
-    bank.push(torch.ones(2, 2), new, torch.tensor([1, 2]))         # one place free: the oldest goes
-    assert bank.volume.tolist() == [2, 8, 8, 1]
-    assert bank.place[0].tolist() == [6, 6, 6]
-    assert bank.next == 1
-    _, near = MemoryBank(4, 2).nearest(where, torch.tensor([1, 2, 3]), 5., 2)
+    bank.push(torch.cat([z, -z[:1]]), where, torch.tensor([1, 2, 2]))
+    here = torch.tensor([[0., 0, 1], [0, 0, 8]])
+    r, near = bank.nearest(here, torch.tensor([0, 2]), 2.5)
+    assert near.tolist() == [[False, True, True, False],          # one of each other volume
+                             [False, False, False, False]]        # never of the own one
+    assert r[0, 1].tolist() == [1, 0]
+    assert r[0, 2].tolist() == [0, 1]                              # at 3 mm, not at 9
+    r, near = bank.nearest(here + torch.tensor([0., 0, 7]), torch.tensor([0, 0]), 2.5)
+    assert near[0].tolist() == [False, False, True, False]
+    assert r[0, 2].tolist() == [-1, 0]                             # at 9 mm, not at 3
+    bank.push(5 * torch.ones(1, 2), torch.tensor([[7., 7, 7]]), torch.tensor([2]))
+    assert bank.place[2].tolist() == [[7, 7, 7], [0, 0, 9]]        # the oldest goes
+    assert bank.next.tolist() == [0, 1, 1, 0]
+    bank.push(torch.rand(5, 2), torch.rand(5, 3), torch.full((5,), 3))     # more than it holds
+    assert (bank.place[3] < 1).all()
+    _, near = MemoryBank(4, 2, 2).nearest(where, torch.tensor([1, 2, 3]), 5.)
     assert not near.any()                                          # empty
+
+
+def reps_oracle(z, y, where, who, bank, radius, tau):
+    """REPS pixel by pixel in float64; bank: a list of (feature, place, volume)."""
+    z = unit(z)
+    n = len(z)
+    losses = []
+    sizes = []
+    for i in range(n):
+        R = []
+        for v in {volume for _, _, volume in bank} - {who[i]}:
+            of_v = [(np.linalg.norm(where[i] - place), tuple(f)) for f, place, volume in bank
+                    if volume == v]
+            distance, f = min(of_v)
+            if distance <= radius:
+                R.append(np.array(f))
+        D = 0.
+        for a in range(n):
+            if a != i:
+                D += math.exp(z[i] @ z[a] / tau) / (sum(y == y[a]) - (y[a] == y[i]))
+        if R:
+            D += sum(math.exp(z[i] @ r / tau) for r in R) / len(R)
+        positives = [z[p] for p in range(n) if p != i and y[p] == y[i]] + R
+        if positives:
+            L = [z[i] @ p / tau - math.log(D) for p in positives]
+            losses.append(-sum(L) / len(positives))
+        sizes.append((len(positives) - len(R), len(R)))
+    return np.mean(losses), sizes
 
 
 def test_reps_equals_the_loop():
     rng = np.random.default_rng(0)
-    n, M, tau, radius = 6, 20, .1, 8.
+    n, V, M, tau, radius = 9, 5, 6, .1, 8.
     z = rng.normal(size=(n, 5))
+    y = np.array([0, 0, 0, 1, 1, 2, 3, 4, 0])                      # 2, 3, 4: alone in their class
     where = rng.uniform(-10, 10, (n, 3))
-    who = rng.integers(0, 4, n)
-    b_z = rng.normal(size=(M, 5))
-    b_where = rng.uniform(-10, 10, (M, 3))
-    b_who = rng.integers(0, 4, M)
-    where[0] = 500                                                 # nothing near: left out
-    bank = MemoryBank(M + 5, 5)                                    # five places stay empty
-    bank.push(torch.tensor(unit(b_z)).float(), torch.tensor(b_where).float(), torch.tensor(b_who))
-    losses = []
-    for i in range(n):
-        others = [a for a in range(M) if b_who[a] != who[i]]
-        R = sorted((np.linalg.norm(where[i] - b_where[a]), a) for a in others)[:3]
-        R = [a for distance, a in R if distance <= radius]
-        e = np.exp(unit(z)[i] @ unit(b_z).T / tau)
-        if R:
-            losses.append(-sum(math.log(e[p] / e.sum()) for p in R) / len(R))
-    assert 0 < len(losses) < n
-    got = cct_r.reps_loss(torch.tensor(z), torch.tensor(where).float(), torch.tensor(who), bank,
-                          radius, 3, tau)
-    assert got.item() == pytest.approx(np.mean(losses), rel=1e-4)
+    who = rng.integers(0, V, n)
+    where[7] = 500                                                 # nothing near: no positive
+    where[8] = 500                                                 # only those of its class
+    features = unit(rng.normal(size=(V * M - 8, 5)))               # volume 4 has none
+    places = rng.uniform(-10, 10, (len(features), 3))
+    volumes = np.arange(len(features)) % (V - 1)
+    bank = MemoryBank(V, M, 5)
+    bank.push(torch.tensor(features).float(), torch.tensor(places).float(), torch.tensor(volumes))
+    entries = list(zip(features, places, volumes))
+    want, sizes = reps_oracle(z, y, where, who, entries, radius, tau)
+    assert {p > 0 for p, _ in sizes} == {r > 0 for _, r in sizes} == {True, False}
+    assert sizes[7] == (0, 0)
+    assert any(p == 0 and r > 1 for p, r in sizes)
+    r, near = bank.nearest(torch.tensor(where).float(), torch.tensor(who), radius)
+    assert near.sum(1).tolist() == [count for _, count in sizes]
+    got = cct_r.reps_loss(torch.tensor(z), torch.tensor(y), r, near, tau)
+    assert got.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_reps_with_an_empty_bank_is_the_balanced_contrast():
+    torch.manual_seed(0)
+    z = torch.randn(8, 4)
+    y = torch.randint(0, 3, (8,))
+    r, near = MemoryBank(3, 5, 4).nearest(torch.rand(8, 3), torch.zeros(8).long(), 9.)
+    assert cct_r.reps_loss(z, y, r, near, .1) == balanced_contrastive_loss(z, y, .1)
+
+
+def test_the_bank_only_attracts():
+    """Every step down the gradient turns an anchor towards what R(i) holds, whatever its class."""
+    z = torch.tensor([[1., 0, 0]], requires_grad=True)
+    r = torch.tensor([[[0., 1, 0], [0, 0, 1]]])
+    near = torch.tensor([[True, False]])
+    cct_r.reps_loss(z, torch.tensor([0]), r, near, 1.).backward()
+    assert z.grad[0, 1] == 0                                       # alone in D_i: L_i = 0
+    both = torch.tensor([[1., 0, 0], [1., .5, 0]])
+    both.requires_grad_()
+    near = torch.tensor([[True, False], [False, False]])
+    cct_r.reps_loss(both, torch.tensor([0, 1]), r.expand(2, 2, 3), near, 1.).backward()
+    assert both.grad[0, 1] < 0                                     # towards the near one
+    assert both.grad[0, 2] == 0                                    # what is not near: nothing
+
+
+def test_half_of_the_anchors_are_organ():
+    torch.manual_seed(0)
+    known = torch.rand(2, 20, 20) < .5
+    organ = torch.rand(2, 20, 20) < .2
+    for few, want in ((40, 20), (400, int((known & organ).sum()))):
+        b, row, column = cct_r.draw_anchors(known, organ, few).T
+        assert known[b, row, column].all()
+        assert organ[b, row, column].sum() == want
+        assert len(torch.unique(torch.stack([b, row, column], 1), dim=0)) == len(b)
+    assert len(cct_r.draw_anchors(known & False, organ, 40)) == 0
 
 
 def test_reps_anchors_have_a_place_and_fill_the_banks():
     """Each network's features go to its bank, with the place and the volume of their pixel."""
     torch.manual_seed(0)
-    o = argparse.Namespace(anchors=5, radius=8., positives=2, temperature=.1)
-    full = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
+    o = argparse.Namespace(anchors=6, radius=8., temperature=.1)
+    fine = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
     place = torch.full((2, 8, 8, 3), torch.nan)
     place[1, 2:6, :] = torch.rand(4, 8, 3)                         # 2 x 4 places of every 2nd pixel
     place[0, 1::2, 1::2] = 3.                                      # never looked at
-    banks = [MemoryBank(16, 3), MemoryBank(16, 3)]
-    L = cct_r.reps_terms(o, banks, full, place, torch.tensor([7, 9]))
-    assert L.item() == 0                                           # the banks were empty
-    for features, bank in zip(full, banks):
-        assert bank.next == 5
-        assert bank.volume[:5].tolist() == [9] * 5
+    organ = torch.zeros(2, 8, 8, dtype=torch.long)
+    organ[:, :4] = 2
+    volume = torch.tensor([7, 9])
+    pixels = cct_r.Pixels([None] * 2, fine, [organ] * 2, [place] * 2, [volume] * 2)
+    banks = [MemoryBank(10, 16, 3), MemoryBank(10, 16, 3)]
+    L = cct_r.reps_terms(o, banks, pixels)
+    assert L.item() > 0
+    for features, bank in zip(fine, banks):
+        assert bank.next.tolist() == [0] * 9 + [6]
         own = F.normalize(features[1], dim=0)                      # [3, 4, 4]
-        for z, spot in zip(bank.z[:5], bank.place[:5]):
+        for z, spot in zip(bank.z[9, :6], bank.place[9, :6]):
             row, column = (place[1, ::2, ::2] == spot).all(-1).nonzero()[0].tolist()
             assert torch.allclose(z, own[:, row, column])
+    nowhere = pixels._replace(places=[place * torch.nan] * 2)
+    assert cct_r.reps_terms(o, banks, nowhere) == 0
+
+
+def dice_oracle(logits, y):
+    """The base's Dice loss, class by class and pixel by pixel in float64."""
+    p = logits.double().softmax(1).numpy()
+    K = p.shape[1]
+    total = 0.
+    for k in range(K):
+        both = squares = 0.
+        for b, r, c in np.ndindex(*y.shape):
+            hit = float(y[b, r, c] == k)
+            both += p[b, k, r, c] * hit
+            squares += p[b, k, r, c] ** 2 + hit ** 2
+        total += (2 * both + 1e-5) / (squares + 1e-5)
+    return 1 - total / K
+
+
+def test_dice_is_the_bases():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 6, 6)
+    y = torch.randint(0, 3, (2, 6, 6))                             # class 3 is absent
+    assert cct_r.dice_loss(logits, y).item() == pytest.approx(dice_oracle(logits, y), abs=1e-6)
+    # by hand: one pixel, p = (3/4, 1/4), class 0: 1 - (1.5 / (9/16 + 1) + 0) / 2
+    one = torch.tensor([math.log(3.), 0.]).view(1, 2, 1, 1)
+    zero = torch.zeros(1, 1, 1, dtype=torch.long)
+    assert cct_r.dice_loss(one, zero).item() == pytest.approx(1 - .96 / 2, abs=1e-4)
+    sure = 50 * F.one_hot(y, 4).movedim(-1, 1).float()
+    assert cct_r.dice_loss(sure, y).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_segmentation_loss():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 8, 8)
     y = torch.randint(0, 3, (2, 8, 8))
-    p = logits.double().softmax(1)
-    ce = -p.gather(1, y[:, None]).log().mean().item()
-    dice = []
-    for k in (1, 2):
-        both = p[:, k][y == k].sum()
-        dice.append(1 - 2 * both / (p[:, k].sum() + (y == k).sum()))
-    want = .5 * (ce + np.mean(dice))
+    ce = -logits.double().log_softmax(1).gather(1, y[:, None]).mean().item()
+    want = .5 * (ce + dice_oracle(logits, y))
     assert cct_r.segmentation_loss(logits, y).item() == pytest.approx(want, abs=1e-5)
 
 
@@ -480,11 +634,28 @@ def test_cross_teaching():
     torch.manual_seed(0)
     a = torch.randn(2, 3, 8, 8)
     b = torch.randn(2, 3, 8, 8)
-    one = common.dice_loss(a, b.argmax(1)).item()
-    two = common.dice_loss(b, a.argmax(1)).item()
-    assert cct_r.cross_teaching_loss(a, b).item() == pytest.approx(one + two)
+    want = dice_oracle(a, b.argmax(1)) + dice_oracle(b, a.argmax(1))
+    assert cct_r.cross_teaching_loss(a, b).item() == pytest.approx(want, abs=1e-5)
     sure = 50 * F.one_hot(torch.randint(0, 3, (2, 8, 8)), 3).movedim(-1, 1).float()
     assert cct_r.cross_teaching_loss(sure, sure).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_the_projectors_are_the_bases():
+    """Two layers, the last shared by both networks; the Swin-UNet's features LayerNormed first."""
+    torch.manual_seed(0)
+    project = cct_r.Projector(3, 6, 4)
+    u = torch.randn(2, 3, 5, 5)
+    s = torch.randn(2, 6, 5, 5)
+
+    def layer(conv, x):
+        return torch.einsum("oc,bchw->bohw", conv.weight[..., 0, 0], x) + conv.bias[:, None, None]
+
+    unet, swin = project(u, s)
+    assert project.unet.out_channels == project.last.in_channels == 8
+    assert torch.allclose(unet, layer(project.last, layer(project.unet, u).clamp(min=0)), atol=1e-5)
+    normal = (s - s.mean(1, keepdim=True)) / (s.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    want = layer(project.last, layer(project.swin, normal).clamp(min=0))
+    assert torch.allclose(swin, want, atol=1e-5)
 
 
 def test_ramp_and_decay():
@@ -582,15 +753,31 @@ def test_a_volume_is_its_own_best_match_and_its_label_comes_back(setting, regist
 def test_partners(setting, registered):
     labelled = registered.labelled
     u = next(v for v in registered.volumes if v not in labelled)
-    best = registered.pairs[u, registered.partner(u)]["cycle"]
-    assert all(best <= registered.pairs[u, n]["cycle"] for n in labelled)
-    assert registered.partner(labelled[0]) != labelled[0]
-    in_turn = copy.copy(registered)
-    in_turn.brs = False
-    assert {in_turn.partner(v) for v in registered.volumes} == set(labelled)
+    errors = [float(registered.pairs[u, n]["cycle"]) for n in registered.partners(u)]
+    assert errors == sorted(errors)
+    assert set(registered.partners(u)) == set(labelled)
+    assert labelled[0] not in registered.partners(labelled[0])
     without = cct_r.Registered(changed(setting, no_brs=True), 2)
-    assert not without.brs
+    assert {without.partners(v)[0] for v in registered.volumes} == set(labelled)
     assert not torch.equal(without.warped, registered.warped)
+
+
+def test_labels_of_several_atlases(setting, registered):
+    """The mean of the one-hot labels of the n smallest cycle errors, then arg max."""
+    several = cct_r.Registered(changed(setting, atlases=3), 2)
+    u = next(v for v in registered.volumes if v not in registered.labelled)
+    volume = Stack(setting.dataset, u)
+    three = registered.partners(u)[:3]
+    votes = [registered.frames[n].warp_one_hot(registered.pairs[u, n], volume) for n in three]
+    want = torch.stack(votes).double().mean(0).argmax(0)
+    agree = several.warped[volume.numbers] == want                 # but for ties
+    assert agree.float().mean() > .999
+    assert not torch.equal(several.warped, registered.warped)
+    best = registered.frames[three[0]].warp_label(registered.pairs[u, three[0]], volume)
+    assert torch.equal(registered.warped[volume.numbers], best.byte())
+    every = cct_r.Registered(changed(setting, atlases=99), 2)      # no more than there are: all
+    assert every.warped.max() == 3
+    assert torch.equal(several.places.nan_to_num(0), registered.places.nan_to_num(0))
 
 
 def test_places(setting, registered):
@@ -607,7 +794,7 @@ def test_places(setting, registered):
     assert registered.warped[outside].max() == 0
     assert registered.places[outside].isnan().all()
     # a place of the unlabelled volume is where its partner's frame leads, from there to the first
-    partner = registered.partner(u)
+    partner = registered.partners(u)[0]
     x = registered.frames[partner].places(registered.pairs[u, partner], Stack(dataset, u).points())
     if partner != registered.labelled[0]:
         pair = registered.pairs[partner, registered.labelled[0]]
@@ -617,21 +804,40 @@ def test_places(setting, registered):
     assert found.isfinite().any()
 
 
-def test_dots_lie_on_the_pixels_that_have_a_place(setting, registered, monkeypatch):
-    """In the slice that asks: a dot on each of the nine pixels with a common place, no other."""
+def test_correspondences_are_the_nearest_places(setting, registered, monkeypatch):
+    """Fig. 2: a dot on the pixel nearest to the anchor's place; above, all of its class."""
     figures = []
     monkeypatch.setattr(common, "save_figure", lambda figure, path: figures.append(figure))
-    numbers = Stack(setting.dataset, registered.volumes[0]).numbers
-    number = numbers[len(numbers) // 2]
+    torch.manual_seed(0)
+    net = setting.unet().eval()
+    dataset = setting.dataset
+    number, row, column, k = cct_r.choose_anchor(setting, registered)
+    assert dataset.volume[number] == registered.labelled[0]
+    assert dataset.label(np.array([number]))[0, row, column] == k
+    unlabelled = [u for u in registered.volumes if u not in registered.labelled]
     some = copy.copy(registered)
     some.places = registered.places.clone()
-    some.places[number, :, 12, 12] = torch.nan                     # the first of the nine; S = 32
-    cct_r.draw_correspondences(setting, some)
-    dots = [tuple(int(v[0]) for v in line.get_data()) for line in figures[0].axes[0].lines]
-    nine = [(x, y) for y in (12, 16, 20) for x in (12, 16, 20)]
-    want = [(x, y) for x, y in nine if some.places[number, :, y, x].isfinite().all()]
-    assert dots == want
-    assert 0 < len(want) < 9
+    gone = Stack(dataset, unlabelled[0]).numbers
+    some.places[gone] = torch.nan                                  # has no place: no dot
+    cct_r.draw_correspondences(setting, some, net)
+    spot = some.places[number, :, row, column].float()
+    above, below = np.reshape(figures[0].axes, (2, -1))
+    assert below[0].lines[0].get_xdata()[0] == column
+    assert below[0].lines[0].get_ydata()[0] == row
+    assert not below[1].lines
+    for u, up, down in zip(unlabelled[1:], above[2:], below[2:]):
+        best = (math.inf,)
+        for n in Stack(dataset, u).numbers:
+            for y, x in np.ndindex(32, 32):
+                far = float((some.places[n, :, y, x].float() - spot).norm())
+                if far < best[0]:
+                    best = (far, y, x, n)
+        far, y, x, n = best
+        dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in down.lines]
+        assert dots == ([(x, y)] if far <= setting.o.radius else [])
+        label = net(dataset.image(np.array([n]))).argmax(1)[0] == k
+        shaded = ~np.ma.getmaskarray(up.images[1].get_array())
+        assert np.array_equal(shaded, label.numpy())
 
 
 # --------------------------------------------------------------------------------------- training
@@ -643,14 +849,14 @@ def test_views(setting, registered):
     numbers = dataset.of_patients(setting.split["labelled"][1:])
     warped, places = registered.warped, registered.places
     torch.manual_seed(0)
-    batch = cct_r.draw_batch(setting, numbers, places)
+    batch = cct_r.draw_batch(setting, numbers, 2, places)
     torch.manual_seed(0)
-    rest = cct_r.draw_batch(setting, numbers, places, warped)
+    rest = cct_r.draw_batch(setting, numbers, 2, places, warped)
     assert not torch.equal(*batch.views)
     assert torch.equal(*rest.views)
     assert torch.equal(batch.place.nan_to_num(0), rest.place.nan_to_num(0))
     torch.manual_seed(0)
-    pick = numbers[torch.randint(len(numbers), (o.batch // 4,)).numpy()]
+    pick = numbers[torch.randint(len(numbers), (2,)).numpy()]
     grid = common.spatial_grid(len(pick), o.size, o.rotation, setting.device)
     assert torch.equal(rest.views[0], common.warp(dataset.image(pick), grid))
     assert np.array_equal(rest.volume, dataset.volume[pick])
@@ -661,6 +867,26 @@ def test_views(setting, registered):
     assert torch.equal(batch.place[inside].nan_to_num(0), moved[inside].nan_to_num(0))
     assert batch.place[~inside].isnan().all()
     assert (~inside).any()
+    plain = cct_r.draw_batch(changed(setting, base_views=True), numbers, 2, places)
+    assert torch.equal(*plain.views)                               # the base keeps intensities
+
+
+def test_the_views_of_the_base():
+    """Quarter turns and flips move pixels onto pixels; the rest turns by 20 degrees at most."""
+    torch.manual_seed(0)
+    grid = cct_r.base_grid(400, 6, torch.device("cpu"))
+    x = torch.arange(36.).view(1, 1, 6, 6)
+    views = common.warp(x.expand(400, 1, 6, 6), grid)[:, 0]
+    whole = [torch.rot90(x[0, 0].flip(f) if f else x[0, 0], k) for f in ([], [1]) for k in range(4)]
+    shares = [sum(torch.allclose(v, w, atol=1e-3) for v in views) / 400 for w in whole]
+    assert shares[0] == pytest.approx(.25, abs=.07)                # as it is
+    assert sum(shares[1:4]) == 0                                   # never turned and not flipped
+    assert all(share == pytest.approx(.125, abs=.06) for share in shares[4:])
+    a, c = grid[:, 0, 0], grid[:, 0, -1]                           # two corners
+    angle = torch.atan2(c[:, 1] - a[:, 1], c[:, 0] - a[:, 0]).rad2deg()
+    turned = angle[(angle.abs() > .1) & ((angle / 90 - (angle / 90).round()).abs() > 1e-3)]
+    assert len(turned) / 400 == pytest.approx(.25, abs=.07)
+    assert 15 < turned.abs().max() <= 20
 
 
 def test_maps_of_both_networks(setting):
@@ -669,7 +895,19 @@ def test_maps_of_both_networks(setting):
     for net in (0, 1):
         assert maps.logits[net].shape == (2, 4, 32, 32)
         assert maps.coarse[net].shape == (2, setting.o.projection, 4, 4)
-        assert maps.full[net].shape == (2, setting.o.projection, 16, 16)
+        assert maps.fine[net].shape == (2, setting.o.projection, 16, 16)
+
+
+def test_the_unets_maps_are_those_of_its_blocks_each_run_once(setting):
+    torch.manual_seed(0)
+    unet = setting.unet()
+    x = torch.rand(2, 1, 32, 32)
+    coarse, fine = cct_r.unet_maps(unet, x)
+    norm = unet.decoder.blocks[0][1]
+    assert norm.num_batches_tracked == 1
+    encoded = unet.encoder(x)
+    assert torch.equal(coarse, unet.decoder(encoded, 1))
+    assert torch.equal(fine, unet.decoder(encoded))
 
 
 def trained(run_, registered):
@@ -772,6 +1010,27 @@ def test_labels_of_unlabelled_volumes_are_not_read(setting, monkeypatch, tmp_pat
     assert not set(asked) <= set(own)                              # so the count can fail
 
 
+def test_only_training_volumes_get_into_the_banks_and_pseudo_labels(setting, registered, tmp_path,
+                                                                   monkeypatch):
+    """No validation or test patient: not in a bank, a warped label, a pair or a frame."""
+    found = set()
+    push = MemoryBank.push
+
+    def noted(self, z, place, volume):
+        found.update(volume.tolist())
+        push(self, z, place, volume)
+
+    monkeypatch.setattr(MemoryBank, "push", noted)
+    trained(changed(setting, tmp_path, no_peek=True), registered)
+    patient = [case.patient for case in setting.cases]
+    training = {v for v, p in enumerate(patient) if p in setting.split["train"]}
+    assert len(training) < len(patient)
+    assert len(found) > len(registered.labelled)
+    assert found <= training
+    assert set(registered.frames) <= training
+    assert {v for pair in registered.pairs for v in pair} <= training
+
+
 def test_peek_by_hand(setting, registered):
     """Perfect and empty pseudo-labels, on unlabelled slices; the networks stay in training mode."""
     dataset = setting.dataset
@@ -805,6 +1064,10 @@ def test_what_cct_r_writes(finished):
     log = common.read_log(out)
     first = next(row for row in log if row["phase"] == "cct_r_n1_s0")
     assert {"sup", "cross", "RSL", "contrast", "REPS", "weight_cross", "weight_RSL"} <= set(first)
+    seen = {row["phase"]: row["labelled_seen"] for row in log if "labelled_seen" in row}
+    assert seen["cct_r_n1_s0"] == 24 * 2                           # steps, labelled slices a step
+    assert seen["scratch_n1_s0"] == 24 * 8
+    assert "labelled slices seen: scratch 192, each network of CCT-R 48" in printed
     steps = [row["step"] for row in log if row["phase"] == "cct_r_n1_s0" and "peek_unet" in row]
     o = json.loads((out / "options.json").read_text())
     assert steps == [*range(0, o["steps"], o["peek_every"]), o["steps"] - 1]       # and the last
@@ -815,7 +1078,7 @@ def test_what_cct_r_writes(finished):
 def test_the_checkpoint_holds_both_networks(finished):
     out, _, _ = finished("cct_r")
     content = common.load_checkpoint(out / "cct_r_n1_s0.pt", "cct_r")
-    net = SwinUNet(1, 4, 12, 4)
+    net = SwinUNet(1, 4, 12, 2)
     net.load_state_dict(content["Swin"])
     assert set(content["rows"]) == {"", "Swin"}
     assert common.build_unet(content)(torch.rand(1, 1, 32, 32)).shape == (1, 4, 32, 32)
@@ -855,6 +1118,21 @@ def test_scratch_is_read_from_another_run(finished, phantom):
     assert dice(work / "other") == dice(out)
 
 
+def test_all_parts_off_is_the_supervised_baseline_to_the_digit(finished, phantom):
+    _, work, _ = finished("cct_r")
+    off = ["--no-cross-teaching", "--no-contrast", "--no-rsl", "--no-reps"]
+    done = run("cct_r", "--data", phantom, *options("cct_r"), *off, "--out", "off", cwd=work)
+    assert done.returncode == 0, done.stderr
+    rows = {}
+    for r in csv.DictReader((work / "off/per_volume.csv").open()):
+        rows.setdefault(r.pop("method"), []).append(r)
+    name = "cct_r-no_cross_teaching-no_contrast-no_rsl-no_reps"
+    assert set(rows) == {"scratch", name}
+    assert rows[name] == rows["scratch"]
+    a, b = (common.load_checkpoint(work / f"off/{row}_n1_s0.pt") for row in ("scratch", name))
+    assert all(torch.equal(a["unet"][k], b["unet"][k]) for k in a["unet"])
+
+
 def test_bad_options_of_cct_r(finished, phantom, tmp_path):
     _, work, _ = finished("cct_r")
 
@@ -863,18 +1141,21 @@ def test_bad_options_of_cct_r(finished, phantom, tmp_path):
             started("cct_r", "--data", phantom, "--out", tmp_path / "o", *extra)
         return str(error.value)
 
-    assert "quarter" in wrong("--batch", 10)
-    assert "--batch 4" in wrong("--batch", 4)
+    assert "--labelled-batch" in wrong("--labelled-batch", 0)
+    assert "--unlabelled-batch" in wrong("--unlabelled-batch", 0)
+    assert "--base-views" in wrong("--base-views", "--scratch", work / "cct_r")
     assert "multiple of 6" in wrong("--swin-dim", 20)
     assert "--window 1" in wrong("--window", 1)
+    assert "--atlases 0" in wrong("--atlases", 0)
     assert "--temperature" in wrong("--temperature", 0)
     assert "--block 99" in wrong("--block", 99)
-    assert "--bank 3" in wrong("--bank", 3)
+    assert "--bank" in wrong("--bank", 0)
     assert "--stiffness" in wrong("--stiffness", -1)
     assert "--radius" in wrong("--radius", 0)
     assert "--peek-every" in wrong("--peek-every", 0)
+    assert "--anchors 1" in wrong("--anchors", 1)
     assert "no training patient without label" in wrong("--labelled", 4)
-    done = run("cct_r", "--data", phantom, *options("cct_r"), "--batch", 10, "--out",
+    done = run("cct_r", "--data", phantom, *options("cct_r"), "--labelled-batch", 0, "--out",
                tmp_path / "o", cwd=work)
-    refused(done, "--batch 10", "quarter")
+    refused(done, "--labelled-batch")
     assert not (tmp_path / "o").exists()                           # nothing was begun
