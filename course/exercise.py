@@ -175,11 +175,9 @@ def scripts_of(folder):
     """Inside, `import sal` and the like find the files of this folder, also in the tests."""
     kept = {name: module for name, module in sys.modules.items() if is_ours(name)}
     path = list(sys.path)
-    writes = sys.dont_write_bytecode
     for name in kept:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
-    sys.dont_write_bytecode = True                                 # a file saved twice in a second
     importlib.invalidate_caches()
     try:
         for name in SCRIPTS:
@@ -190,12 +188,13 @@ def scripts_of(folder):
             del sys.modules[name]
         sys.modules.update(kept)
         sys.path[:] = path
-        sys.dont_write_bytecode = writes
 
 
 def load(name, folder):
     """Import a script of the folder. Raises CourseError where it does not parse or run."""
     file = folder / f"{name}.py"
+    writes = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True                                 # a file saved twice in a second
     try:
         importlib.import_module(name)
     except SyntaxError as error:
@@ -204,6 +203,8 @@ def load(name, folder):
     except Exception as error:
         raise CourseError(f"{shown(file)}: cannot be imported ({type(error).__name__}: "
                           f"{first_line(error)}); nothing was checked") from None
+    finally:
+        sys.dont_write_bytecode = writes
 
 
 class Watch:
