@@ -17,6 +17,7 @@ import io
 import re
 import shutil
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -305,7 +306,7 @@ def held(failure):
     line = entry.lineno - entry.frame.code.firstlineno
     before = sum(text.startswith("assert ") for text in lines[:line])
     total = sum(text.startswith("assert ") for text in lines)
-    return f"the first {before} of {total} comparisons hold; " if before else ""
+    return f"{before} of {total} comparisons hold before this one; " if before else ""
 
 
 def report(folder, checks, function=""):
@@ -363,14 +364,18 @@ def show():
     """List the exercises and bugs; "begun" where there is a copy in course/mine."""
     print("exercises: start NAME, check NAME")
     for exercise in course()["exercise"]:
-        state = "begun" if (MINE / exercise["name"]).exists() else ""
-        print(f"  {exercise['name']:34} {exercise['minutes']:3} min  {state:5}  "
-              f"{exercise['teaches']}")
+        show_one(exercise["name"], exercise["minutes"], exercise["teaches"], exercise["name"])
     print("bugs: bug N, check bug N")
     for number, bug in enumerate(course()["bug"], 1):
-        state = "begun" if (MINE / f"bug_{number}").exists() else ""
-        print(f"  {number:<34} {bug['minutes']:3} min  {state:5}  {bug['symptom']}")
+        show_one(f"bug {number}", bug["minutes"], bug["symptom"], f"bug_{number}")
     return 0
+
+
+def show_one(name, minutes, text, folder):
+    """An exercise or a bug of the list, longer texts below each other."""
+    state = "begun" if (MINE / folder).exists() else ""
+    line = f"  {minutes:2} min {state:5}  {name}: {text}"
+    print(textwrap.fill(line, 100, subsequent_indent=" " * 16))
 
 
 def main(words):
