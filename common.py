@@ -8,6 +8,7 @@ data.py.
 import argparse, csv, hashlib, io, json, math, os, platform, re, resource, shutil, subprocess, sys
 import tempfile, time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,24 +154,36 @@ def _surface(mask):
     return mask & ~inner
 
 
-def _distance_map(points, spacing):
-    """Distance in mm of every voxel to the nearest True voxel, exact, one axis after the other.
+def _square_length(x):
+    """|x|^2 of every row of x [n, axes]: [n]."""
+    return np.einsum("ij,ij->i", x, x)
 
-    Along an axis:  d_i = min_j  d_j + (i - j)^2   for squared distances d.
+
+def _nearest(a, b):
+    """Distance from every point of a [n, axes] to the nearest of b [m, axes], exact: [n].
+
+    a is halved until few pairs are left. A part of it lies within r of its middle c; let p be the
+    point of b nearest to c. Any other point q of b is needed only if some c + u, |u| <= r, may be
+    nearer to q than to p:
+        |c + u - q|^2 < |c + u - p|^2  =>  |c - q|^2 - |c - p|^2 < 2 u.(q - p) <= 2 r |q - p|
     """
-    d = np.where(points, 0., np.inf)
-    for axis, mm in enumerate(spacing):
-        d = np.moveaxis(d, axis, 0)                                # [n, ...]
-        away = (np.arange(len(d)) * mm) ** 2
-        away = away.reshape(-1, *[1] * (d.ndim - 1))               # [n, 1, 1]
-        out = np.full_like(d, np.inf)
-        for j, row in enumerate(d):
-            after = row + away[:len(d) - j]
-            before = row + away[j:0:-1]
-            np.minimum(out[j:], after, out=out[j:])
-            np.minimum(out[:j], before, out=out[:j])
-        d = np.moveaxis(out, 0, axis)
-    return np.sqrt(d)
+    if len(a) < 2 or len(a) * len(b) <= 200_000:
+        product = a @ b.T                                          # [n, m]
+        closest = (_square_length(b) - 2 * product).argmin(1)      # |a - b|^2 less |a|^2
+        return np.sqrt(_square_length(a - b[closest]))
+    low = a.min(0)
+    high = a.max(0)
+    c = (low + high) / 2
+    r = np.linalg.norm(high - c)
+    from_c = _square_length(b - c)                                 # [m]
+    p = b[from_c.argmin()]
+    from_p = np.sqrt(_square_length(b - p))                        # [m]
+    b = b[from_c - from_c.min() <= 2 * r * from_p]
+    longest = (high - low).argmax()
+    distance = np.empty(len(a))
+    for half in np.array_split(a[:, longest].argsort(), 2):
+        distance[half] = _nearest(a[half], b)
+    return distance
 
 
 def surface_distances(pred, truth, spacing):
@@ -187,10 +200,13 @@ def surface_distances(pred, truth, spacing):
     box = tuple(slice(lo, hi + 1) for lo, hi in zip(found.min(0), found.max(0)))
     a = _surface(pred[box])
     b = _surface(truth[box])
-    ab = _distance_map(b, spacing)[a]                              # from every voxel of a to b
-    ba = _distance_map(a, spacing)[b]
-    hd95 = max(np.percentile(ab, 95), np.percentile(ba, 95))
-    return float(hd95), float(np.concatenate([ab, ba]).mean())
+    shared = np.zeros((a & b).sum())                               # their distance is 0
+    directed = []
+    for of, to in ((a, b), (b, a)):
+        distance = _nearest(np.argwhere(of & ~to) * spacing, np.argwhere(to) * spacing)
+        directed.append(np.concatenate([shared, distance]))
+    hd95 = max(np.percentile(d, 95) for d in directed)
+    return float(hd95), float(np.concatenate(directed).mean())
 
 
 # ------------------------------------------------------------------------ native <-> network grid
@@ -233,7 +249,7 @@ def to_native(probs, shape, spacing, target):
 
 # -------------------------------------------------------------------------------- prepared slices
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 class SliceDataset:
@@ -275,6 +291,14 @@ class SliceDataset:
 def digest(content):
     """Sixteen letters that stand for lists, dicts, numbers and strings."""
     return hashlib.sha1(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def voxel_digest(image):
+    """Sixteen letters that stand for the voxels of a scan, in whatever file and order they are.
+
+    So a copy that was compressed anew, stored as another type, turned or flipped has the same.
+    """
+    return hashlib.sha1(np.sort(image, axis=None)).hexdigest()[:16]
 
 
 def prepare(cases, target, size, cache):
@@ -336,9 +360,130 @@ def _write_slices(cases, target, size, folder):
             index.append({"name": case.name, "patient": case.patient,
                           "shape": list(volume.image.shape[1:]), "spacing": list(volume.spacing),
                           "labelled": volume.label is not None,
+                          "voxels": voxel_digest(volume.image),
                           "hounsfield": all(in_hounsfield(c) for c in volume.image)})
     info = {"cases": index, "channels": cases.channels, "target": target, "size": size}
     (folder / "index.json").write_text(json.dumps(info))
+
+
+# -------------------------------------------------------------------------- slices to pre-train on
+
+
+class Pool:
+    """The slices that pre-training draws from, of one dataset or of several, numbered from 0.
+
+    parts: [(SliceDataset, numbers of its slices)], whole volumes in order. volume, slice, depth,
+    position [N] and `image` as in `SliceDataset`; numbers [N]: 0, 1, 2, ...
+    """
+    def __init__(self, parts):
+        def joined(name):
+            return np.concatenate([getattr(dataset, name)[n] for dataset, n in parts])
+
+        self.datasets = [dataset for dataset, _ in parts]
+        self.part = np.repeat(np.arange(len(parts)), [len(n) for _, n in parts])       # [N]
+        self.inside = np.concatenate([n for _, n in parts])        # [N]: number in its dataset
+        self.slice = joined("slice")
+        self.depth = joined("depth")
+        self.position = joined("position")
+        self.volume = np.cumsum(self.slice == 0) - 1               # [N], counted through
+        self.numbers = np.arange(len(self.part))
+
+    def image(self, numbers, device="cpu"):
+        """Images of these slices, float32 [B, C, S, S] in [0, 1]."""
+        part = self.part[numbers]                                  # [B]
+        images = []
+        for k, dataset in enumerate(self.datasets):
+            images.append(dataset.image(self.inside[numbers][part == k], device))
+        order = part.argsort(kind="stable")                        # as the images stand now
+        return torch.cat(images)[order.argsort()]
+
+
+def find_sources(run):
+    """The scans of --pretrain-data, a `Cases` a folder; without labels, unless it is --data itself.
+
+    Makes them a part of what the run is (o.pretrain_cases). Raises DataError.
+    """
+    paths = getattr(run.o, "pretrain_data", [])                    # not all scripts ask
+    refuse([
+        (paths and run.o.init, "--pretrain-data: with --init there is no pre-training; drop one"),
+        (len({Path(p).resolve() for p in paths}) < len(paths),
+         "--pretrain-data: give every folder once"),
+    ])
+    sources = []
+    for path in paths:
+        own = Path(path).resolve() == run.root.resolve()
+        cases = run.cases if own else find_cases(path)
+        if cases.channels != run.channels:
+            raise DataError(f"{path}: {cases.channels} channels, {run.root} has {run.channels}; "
+                            "leave it out of --pretrain-data")
+        if not own:                                                # labels are neither read nor
+            cases[:] = [replace(case, label=None) for case in cases]       # missed
+            cases.warnings = [w for w in cases.warnings if "label" not in w]
+        sources.append(cases)
+    if paths:
+        run.o.pretrain_cases = digest([[case.name for case in cases] for cases in sources])
+    return sources
+
+
+def pretraining_slices(run, dataset):
+    """The `Pool` that pre-training draws from; dataset: the slices of --data at its size.
+
+    Without --pretrain-data the training slices of --data. Else all of the folders named (of --data
+    itself the training patients), less every patient of whom a scan has the voxels of a validation
+    or test case of --data, wherever it lies. Prints what came from where. Raises DataError.
+    """
+    o, split = run.o, run.split
+    if not run.sources:
+        return Pool([(dataset, run.train)])
+    held_out = set()
+    for case in dataset.info["cases"]:
+        if case["patient"] in split["val"] + split["test"]:
+            held_out.add(case["voxels"])
+    parts = []
+    for path, cases in zip(o.pretrain_data, run.sources):
+        source = dataset
+        patients = set(split["train"])
+        if cases is not run.cases:
+            source = prepare(cases, o.spacing, dataset.info["size"], o.cache)
+            patients = {case.patient for case in cases}
+        copies = {c["patient"] for c in source.info["cases"] if c["voxels"] in held_out}
+        numbers = source.of_patients(patients - copies)
+        if len(numbers) == 0:
+            raise DataError(f"{path}: nothing is left to pre-train on; "
+                            "leave it out of --pretrain-data")
+        parts.append((source, numbers))
+        print(f"pre-training on {path}: {_source_text(source, numbers)}, {cases.modality}")
+        if patients & copies:
+            names = [case.name for case in cases if case.patient in patients & copies]
+            print(f"left out, being a validation or test case of {run.root} or of the same patient "
+                  f"as one: {', '.join(names)}")
+        if cases is not run.cases:
+            for warning in scan_warnings(cases, source):
+                print(f"warning: {warning}")
+    return Pool(parts)
+
+
+def _source_text(source, numbers):
+    """How many volumes and slices these are, and how much of a volume lies outside the crop."""
+    target, size = source.info["target"], source.info["size"]
+    outside = []
+    for n in np.unique(source.volume[numbers]):
+        case = source.info["cases"][n]
+        rows, columns = _resampled(case["shape"], case["spacing"], target)
+        outside.append(1 - min(size, rows) * min(size, columns) / (rows * columns))
+    return (f"{len(outside)} volumes, {len(numbers)} slices; on average {np.mean(outside):.0%} of "
+            f"a volume lies outside the crop of {size} x {size} pixels of {target} mm, at most "
+            f"{max(outside):.0%}")
+
+
+def scan_warnings(cases, dataset):
+    """What is odd about the scans, a line each: files left aside, silent headers, odd CT."""
+    not_hu = []
+    for case in dataset.info["cases"]:
+        if cases.modality == "CT" and not case["hounsfield"]:
+            not_hu.append(case["name"])
+    silent = header_warnings([case.image for case in cases])
+    return cases.warnings + silent + hounsfield_warnings(not_hu)
 
 
 # ----------------------------------------------------------------------------------- augmentation
@@ -394,6 +539,20 @@ def warp(x, grid, mode="bilinear"):
         moved = F.grid_sample(x[:, None].float(), grid, mode, align_corners=False)
         return moved[:, 0].long()
     return F.grid_sample(x, grid, mode, align_corners=False)
+
+
+TIE = 1e-6                      # positions are float32: two that differ by t exactly count as close
+
+
+def is_close(position, threshold):
+    """Which slices lie at a like position: position [n] in (0, 1] -> bool [n, n], symmetric.
+
+    |pos_a - pos_b| < t, and ties count as close (ours), or rounding would decide about them: of 10
+    slices and t = 0.1 every next neighbour is a tie.
+    """
+    position = torch.as_tensor(position)
+    away = (position[:, None] - position[None]).abs()              # [n, n]
+    return away < threshold + TIE
 
 
 def random_slices(numbers, n):
@@ -662,7 +821,7 @@ def _shown(value):
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
-        return " ".join(map(_shown, value))
+        return " ".join(map(_shown, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -679,6 +838,8 @@ def _add_table(group, table, source):
         settings = {"help": f"{text} [{'; '.join(values)}]", "default": argparse.SUPPRESS}
         if isinstance(kind, bool):
             settings["action"] = "store_true"
+        elif kind == []:                                           # none, until folders are named
+            settings.update(nargs="+", metavar="PATH")
         elif isinstance(kind, list):
             settings.update(type=type(kind[0]), nargs="+", metavar="N")
         else:
@@ -785,6 +946,7 @@ class Run:
         who = [[case.name, case.patient, bool(case.label)] for case in self.cases]
         o.cases = digest([who, self.split])                        # other scans: another run
         self.check()
+        self.sources = find_sources(self)                          # of --pretrain-data
         self.start = load_start(o.init, self.unet()) if o.init else None
         self.baselines = {"scratch": BASELINE}                     # rows that --scratch may read
         self.runs = []                                             # rows of metrics.json
@@ -847,22 +1009,13 @@ class Run:
         self.out = start_run(o.out, vars(o), o.resume)
         print(f"{self.root}: {self.cases.layout}, {len(self.cases)} volumes, "
               f"{len(self.dataset.volume)} slices, classes {', '.join(self.classes)}")
-        for warning in self.warnings():
+        for warning in scan_warnings(self.cases, self.dataset):
             print(f"warning: {warning}")
         print(f"split {split['rule']}: {len(split['train'])} train ({len(self.train)} slices), "
               f"{len(split['val'])} val, {len(split['test'])} test")
         for n in o.labelled:
             print(f"{n} of {len(split['labelled'])} labelled: {' '.join(self.patients(n))}")
         print(f"options {self.kept()}\non {self.device}, {torch.get_num_threads()} threads")
-
-    def warnings(self):
-        """What is odd about the data, a line each: files left aside, silent headers, odd CT."""
-        not_hu = []
-        for case in self.dataset.info["cases"]:
-            if self.cases.modality == "CT" and not case["hounsfield"]:
-                not_hu.append(case["name"])
-        silent = header_warnings([case.image for case in self.cases])
-        return self.cases.warnings + silent + hounsfield_warnings(not_hu)
 
     def autocast(self):
         """The context in which networks run: float32, or bfloat16 with --precision."""

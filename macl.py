@@ -3,7 +3,7 @@
 
     python macl.py                                        the built-in phantom, no data needed
     python macl.py --data path/to/acdc                    real scans: pre-train, fine-tune, score
-    python macl.py --decoder-blocks 0 --lambda2 0 --lambda3 0        PCL, which MACL extends
+    python macl.py --data A --pretrain-data B C           pre-train on B and C, fine-tune on A
     python macl.py --predict IMAGES --checkpoint FILE.pt  segment new volumes
 
 Contrast alone pre-trains an encoder and leaves the decoder random. MACL trains both together by
@@ -14,35 +14,45 @@ the same encoder. Both maps then have one size, and are compared at three levels
 like position in their volumes are positives. No label is used. Then few labels fine-tune the
 U-Net, of which d gives half the decoder.
 
+The paper's Table III, a run a line (PCL's own threshold on ACDC: `--threshold 0.35`):
+
+    python macl.py --decoder-blocks 0 --lambda2 0 --lambda3 0 --out runs/pcl    PCL: L_g, no decoder
+    python macl.py --lambda2 0 --lambda3 0 --out runs/decoder                   + decoder
+    python macl.py --lambda2 0 --out runs/er                                    + L_ER
+    python macl.py --out runs/macl                                              + L_d: MACL
+
 Paper, code, and what we chose. [paper]: stated there; [code]: the authors' published code, of
 which only pre-training works; [PCL]: Zeng et al., MICCAI 2021, the base method; [ours]: silent
 there, or changed by us. What was measured: results/macl.md.
  1. Z^g, the dominant branch's image-level vector: Eq. 7 takes it from the encoder; Eq. 4, Fig. 2
     and the code from the decoder's output, as we do. `--eq7` takes the other.
- 2. tau = 0.1 [paper]. The code multiplies L_g and L_d by tau / 0.07; we do not, so L_ER weighs
-    1.43 times as much beside them as there [ours].
+ 2. tau = 0.1 [paper]. The code multiplies L_g and L_d by tau / 0.07 = 1.43; we do not, so L_ER
+    weighs 1.43 times as much beside them as there [ours]; `--lambda3 0.7` has the code's balance.
  3. Eq. 9 sums over the anchors i; the code averages, and so do we: the chance of L_g and L_d,
     ln(2N - 1), does not grow with N.
  4. Positives: |pos_i - pos_j| < threshold; 0.1 on CHD, 0.05 on BraTS [code], 0.35 on ACDC [PCL];
-    0.1 here, also for the row "pcl" [ours]: with 0.35, 58 % of ACDC's pairs are positive. With 0.1
-    most next neighbours there are negatives: CHD has about 257 slices a volume, ACDC about 10.
+    0.1 here, also for the row "pcl", and a tie is positive [ours]. With 0.35, 58 % of ACDC's pairs
+    are positive and the losses hardly fall; with 0.1, 20 %, but of the next neighbours only half
+    (CHD has about 257 slices a volume, ACDC about 10). No finished runs compare them yet.
  5. Z^l is the decoder's output as it is; only the auxiliary branch has a g_pix: two 3x3
     convolutions with LeakyReLU [code], and normalisation [ours]. g_ins: average pool, linear,
     ReLU, linear to 128 [code]. With 0 decoder blocks both branches are one network and share
     g_ins, which makes the script PCL [ours].
  6. T_fix, the change of intensities in every view, is the identity, which the paper found best;
-    the code has mild brightness, contrast and blur; `--photometric` uses ours. T_var moves V1, V2:
-    mirror on both axes, rotation 0 to 2 pi, scale 0.7 to 1.3, elastic with p = 0.67 [code]; shifts
-    of 10 % of half the width, 0.5 rad, e^+-0.25, no mirror, not elastic [ours].
+    the code has brightness, contrast and a mild blur (`--t-fix code`); `--t-fix photometric` is
+    what our other methods have. T_var moves V1 and V2: mirrored on both axes, and with p = 0.67
+    rotation 0 to 2 pi, scale 0.7 to 1.3 and elastic waves [code] (`--t-var code`); shifts of 10 %
+    of half the width, 0.5 rad, e^+-0.25, no mirror, not elastic [ours].
  7. down is bilinear [code: for maps; ours: for images], without align_corners (code: with). V and
     I go through a branch in one batch with common statistics [ours]; in the code one by one.
  8. 96 / 4 = 24 pixels cannot be halved four times: we pre-train on a larger crop of the same pixel
     size, 128 x 128, where the dominant branch has maps of 32 to 2 pixels, and fine-tune on 96 x 96
-    like the other methods; --paper has 384 for both [ours]. Pre-training at 512 x 512, fine-tuning
-    on ACDC at 352 x 352 and 1.25 mm [paper], width 32 [code].
+    like the other methods [ours]. Pre-training at 512 x 512, fine-tuning on ACDC at 352 x 352 and
+    1.25 mm [paper], width 32 [code].
  9. The paper's ACDC numbers are of transfer: pre-trained on CHD, 17 525 CT slices of 512 x 512,
     100 epochs, batch 16 on each of two GPUs. We pre-train on the training slices of the set that
-    is segmented [ours]. SGD 0.1, cosine [paper], 0.01 [code]; AdamW 1e-3, or `--sgd` [ours].
+    is segmented [ours], or as the paper on others, `--pretrain-data`. SGD 0.1, cosine [paper], 0.01
+    [code]; AdamW 1e-3 [ours].
 10. Weights taken: encoder and the k decoder blocks [paper]. Fine-tuning: Adam 5e-4 to 5e-6,
     cross-entropy, batch 5, 100 epochs [paper]; AdamW, cross-entropy + Dice [ours].
 11. The code's "test" list also picks the best epoch, and its Dice pools all pixels of that set.
@@ -59,7 +69,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import conv_block, cosine, photometric, spatial_grid, warp
+from common import conv_block, cosine, photometric, spatial_grid, uniform, warp
 
 METHOD = "macl"
 
@@ -71,20 +81,22 @@ OPTIONS = [
     ("seeds", [0, 1, 2], [0], None, "seeds of fine-tuning"),
     ("width", 16, None, 32, "channels of the first U-Net level (32: the code's)"),
     ("spacing", None, 2.5, 1.25, "mm a pixel in plane; 2 on ACDC"),
-    ("size", None, 64, 384, "S, crop of fine-tuning, divisible by 16; 96 on ACDC (352; 384: ours)"),
-    ("pretrain_size", None, None, 384, "S of pre-training; --size, up to a multiple of 64 (512)"),
-    ("pretrain_steps", 4000, 1000, 8200, "100 epochs: 8200 of ACDC (of CHD 55 000 to 110 000)"),
+    ("size", None, 64, 352, "S, crop of fine-tuning, divisible by 16; 96 on ACDC"),
+    ("pretrain_size", None, None, 512, "S of pre-training; --size, up to a multiple of 64"),
+    ("pretrain_data", [], None, None, "folders to pre-train on instead of --data; need no labels"),
+    ("pretrain_steps", 4000, 1000, 8200, "100 epochs of ACDC: 8200; of CHD 55 000 or more"),
     ("pretrain_batch", 16, None, 16, "N, slices a step"),
-    ("pretrain_lr", 1e-3, None, .1, "AdamW or --sgd, cosine to 0 (code: SGD 0.01)"),
-    ("sgd", False, None, True, "pre-train by SGD with momentum 0.9 instead of AdamW"),
-    ("pretrain_rotation", .5, None, None, "largest rotation of T_var in rad (code: 2 pi)"),
+    ("pretrain_lr", 1e-3, None, .1, "of pre-training, cosine to 0 (code: 0.01)"),
+    ("pretrain_optimiser", "adamw", None, "sgd", "adamw, or sgd with momentum 0.9"),
+    ("t_var", "affine", None, "code", "affine, or code: mirrors, every angle, elastic waves"),
+    ("pretrain_rotation", .5, None, None, "largest rotation of the affine T_var in rad"),
+    ("t_fix", "identity", None, "identity", "T_fix: identity, code, or photometric (ours, strong)"),
     ("decoder_blocks", 2, None, 2, "k, blocks of the dominant branch; scales by 1 / 2^k"),
     ("lambda1", 1., None, 1., "weight of L_g"),
     ("lambda2", .5, None, .5, "weight of L_d"),
     ("lambda3", 1., None, 1., "weight of L_ER"),
     ("threshold", .1, None, None, "of positives' positions (code: 0.1 on CHD; PCL: 0.35 on ACDC)"),
     ("temperature", .1, None, .1, "tau"),
-    ("photometric", False, None, None, "change every view's intensities (paper: no; code: mildly)"),
     ("eq7", False, None, None, "Z^g from the encoder, as Eq. 7 has it, instead of the decoder"),
     ("steps", 1200, 240, None, "steps of fine-tuning, also from scratch (paper: 100 epochs)"),
     ("batch", 8, None, 5, "labelled slices a step"),
@@ -93,9 +105,9 @@ OPTIONS = [
     ("rotation", .5, None, None, "largest rotation in fine-tuning in rad"),
 ]
 
-PAPER_ALSO = ("pre-training for 100 epochs on 17 525 CT slices (CHD) at 512 x 512; fine-tuning at "
-              "352 x 352 for 100 epochs by Adam, 5e-4 to 5e-6, with cross-entropy alone; in its "
-              "code a T_var with mirroring, every rotation and elastic waves")
+PAPER_ALSO = ("pre-training for 100 epochs on 17 525 CT slices of another set, CHD, and none of "
+              "the set that is segmented; fine-tuning for 100 epochs by Adam, 5e-4 to 5e-6, with "
+              "cross-entropy alone; L_g and L_d times tau / 0.07")
 
 
 def check(run):
@@ -113,6 +125,11 @@ def check(run):
          f"the encoder halves that four times; use a multiple of {unit}, 32 or more"),
         (min(lambdas) < 0 or not any(lambdas),
          "--lambda1 --lambda2 --lambda3: use 0 or more, and one of them above 0"),
+        (o.pretrain_optimiser not in ("adamw", "sgd"),
+         f"--pretrain-optimiser {o.pretrain_optimiser}: use adamw or sgd"),
+        (o.t_var not in ("affine", "code"), f"--t-var {o.t_var}: use affine or code"),
+        (o.t_fix not in ("identity", "code", "photometric"),
+         f"--t-fix {o.t_fix}: use identity, code or photometric"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (not 0 < o.threshold <= 1,
          f"--threshold {o.threshold}: use a share of the volume's length in (0, 1]"),
@@ -133,8 +150,7 @@ def positive_pairs(position, threshold):
         raise ValueError(f"threshold = {threshold}: use a number above 0, or no positives are left")
     position = torch.as_tensor(position).repeat(2)                 # [2N]: dominant, auxiliary
     # Omega_i+ = { j != i : |pos_i - pos_j| < threshold }
-    away = (position[:, None] - position[None]).abs()              # [2N, 2N]
-    return (away < threshold).fill_diagonal_(False)
+    return common.is_close(position, threshold).fill_diagonal_(False)      # [2N, 2N]
 
 
 def contrastive_loss(z, positive, temperature):
@@ -228,17 +244,76 @@ def trained_parts(blocks):
     return parts
 
 
+def code_grid(n, S, device):
+    """T_var of the published code as sampling grids [n, S, S, 2].
+
+    Both axes mirrored, each with p = 0.5; with p = 0.67 moved: rotation 0 to 2 pi, scale 0.7 to
+    1.3, and elastic waves, noise on about 17 x 17 places with a std of 0.4 to 1.4 % of half the
+    width (there sigma 14 to 17 and alpha 100 to 350 pixels of 512).
+    """
+    moved = (uniform(n, 0, 1, device) < .67).float()               # [n], 0 or 1
+    angle = uniform(n, 0, 2 * math.pi, device) * moved
+    scale = 1 + uniform(n, -.3, .3, device) * moved
+    std = uniform(n, .004, .014, device) * moved
+    flip_x = uniform(n, -1, 1, device).sign()
+    flip_y = uniform(n, -1, 1, device).sign()
+    cos = angle.cos() * scale
+    sin = angle.sin() * scale
+    zero = torch.zeros_like(cos)                                   # no shift
+    row_x = torch.stack([cos * flip_x, -sin * flip_y, zero], 1)    # [n, 3]
+    row_y = torch.stack([sin * flip_x, cos * flip_y, zero], 1)
+    theta = torch.stack([row_x, row_y], 1)                         # [n, 2, 3]
+    grid = F.affine_grid(theta, (n, 1, S, S), align_corners=False)         # [n, S, S, 2]
+    waves = torch.randn(n, 2, 17, 17).to(device) * std[:, None, None, None]
+    waves = F.interpolate(waves, (S, S), mode="bicubic")           # [n, 2, S, S]
+    return grid + waves.movedim(1, -1)
+
+
+def code_intensities(x):
+    """T_fix of the published code: x [N, C, S, S] in [0, 1] -> the same, each image its own.
+
+    Brightness 0 to 1, contrast 0.8 to 1.2, a 3 x 3 Gaussian of sigma 1 to 3, then scaled to [0, 1]
+    by its least and largest value, which takes the brightness back.
+    """
+    def draw(lo, hi):
+        return uniform(len(x), lo, hi, x.device)[:, None, None, None]      # [N, 1, 1, 1]
+
+    x = x * draw(0, 1)
+    mean = x.mean((1, 2, 3), keepdim=True)                         # [N, 1, 1, 1]
+    x = (mean + (x - mean) * draw(.8, 1.2)).clamp(0, 1)
+    side = (-.5 / draw(1, 3) ** 2).exp()                           # of the Gaussian; middle: 1
+    padded = F.pad(x, (1, 1, 0, 0), "reflect")                     # [N, C, S, S + 2]
+    x = (x + side * (padded[..., :-2] + padded[..., 2:])) / (1 + 2 * side)
+    padded = F.pad(x, (0, 0, 1, 1), "reflect")                     # [N, C, S + 2, S]
+    x = (x + side * (padded[..., :-2, :] + padded[..., 2:, :])) / (1 + 2 * side)
+    x = x - x.amin((1, 2, 3), keepdim=True)
+    return x / x.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+
+
+def T_fix(x, o):
+    """Images [N, C, S, S] with their intensities changed, as --t-fix says; nothing moves."""
+    if o.t_fix == "photometric":
+        return photometric(x)
+    if o.t_fix == "code":
+        return code_intensities(x)
+    return x
+
+
+def T_var(x, o):
+    """Images [N, C, S, S], moved as --t-var says."""
+    n = len(x)
+    S = x.shape[-1]
+    if o.t_var == "code":
+        return warp(x, code_grid(n, S, x.device))
+    return warp(x, spatial_grid(n, S, o.pretrain_rotation, x.device, elastic=0.))
+
+
 def four_views(X, o):
     """I1, I2, V1, V2 of the slices X, Eq. (5), each [N, C, S, S]."""
-    def T_var(x):                                                  # affine, without elastic waves
-        grid = spatial_grid(len(x), x.shape[-1], o.pretrain_rotation, x.device, elastic=0.)
-        return warp(x, grid)
-
     X = common.channels_last(X)
-    views = [X, X, T_var(X), T_var(X)]
-    if o.photometric:                                              # else T_fix is the identity
-        views = [photometric(x) for x in views]
-    return views
+    I1 = T_fix(X, o)
+    I2 = T_fix(X, o)
+    return I1, I2, T_var(I1, o), T_var(I2, o)                      # as in the code
 
 
 def down(x, blocks):
@@ -283,7 +358,7 @@ def pretrain_optimiser(unet, heads, o):
     trained = tuple(f"{part}." for part in trained_parts(o.decoder_blocks))
     parameters = [p for k, p in unet.named_parameters() if k.startswith(trained)]
     parameters += heads.parameters()
-    if o.sgd:
+    if o.pretrain_optimiser == "sgd":
         return torch.optim.SGD(parameters, o.pretrain_lr, momentum=.9, weight_decay=1e-5)
     return torch.optim.AdamW(parameters, o.pretrain_lr, weight_decay=1e-5)
 
@@ -291,9 +366,10 @@ def pretrain_optimiser(unet, heads, o):
 def pretrain(run, large):
     """Train encoder, k decoder blocks and heads on training slices without labels.
 
-    large: the dataset at --pretrain-size. Writes pretrained.pt, returns its content.
+    large: the slices of --data at --pretrain-size. Writes pretrained.pt, returns its content.
     """
     o = run.o
+    pool = common.pretraining_slices(run, large)
     torch.manual_seed(1000)
     unet = run.place(run.unet(classes=2))
     heads = run.place(Heads(unet.encoder.widths, o.decoder_blocks, o.eq7))
@@ -301,11 +377,11 @@ def pretrain(run, large):
     dense = o.lambda2 > 0 or o.lambda3 > 0
     for step in run.steps("pretrain", o.pretrain_steps, (unet, heads), optimiser):
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * cosine(step, o.pretrain_steps)
-        pick = common.random_slices(run.train, o.pretrain_batch)   # [N]
-        views = four_views(large.image(pick, run.device), o)       # 4 x [N, C, S, S]
+        pick = common.random_slices(pool.numbers, o.pretrain_batch)        # [N]
+        views = four_views(pool.image(pick, run.device), o)        # 4 x [N, C, S, S]
         with run.autocast():
             pairs = branches(unet, heads, views, dense)
-        position = torch.from_numpy(large.position[pick])          # [N]
+        position = torch.from_numpy(pool.position[pick])           # [N]
         L = {"g": global_contrastive_loss(*pairs["g"], position, o.threshold, o.temperature)}
         loss = o.lambda1 * L["g"]                                  # PCL
         if dense:
@@ -406,7 +482,8 @@ def draw_heat(run, start):
     figure, axes = common.new_figure(len(patients), 5)
     for axis, picture, patient in zip(axes[:, 0], pictures, patients):
         common.show(axis, picture, title=patient)
-    for column, (title, weights) in enumerate((("before", None), ("after", start))):
+    for column, weights in enumerate([None, start]):
+        title = ["before", "after"][column]
         torch.manual_seed(1000)
         unet = run.unet(classes=2).to(run.device)
         if weights:

@@ -86,6 +86,7 @@ OPTIONS = [
     ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (1.5 for the code's size: ours)"),
     ("size", None, 64, 128, "S, crop in pixels, divisible by 2^depth; 96 on ACDC"),
     ("loss", "infonce", None, None, "infonce (MIDL 2024) or barlow (v2)"),
+    ("pretrain_data", [], None, None, "folders to pre-train on instead of --data; need no labels"),
     ("pretrain_steps", 8000, 700, 32800, "steps of pre-training (paper: 200 epochs)"),
     ("pretrain_batch", 8, None, None, "B, slices a step, two views each (data.yaml: 16)"),
     ("pretrain_lr", 1e-3, None, 4.7e-4, "AdamW, 5 % warm-up, cosine to 0 (v2: 5e-4)"),
@@ -290,14 +291,14 @@ def random_intensity(x, inversion):
     return torch.where(inverted[:, None, None, None], 1 - x, x)
 
 
-def view_batch(run):
+def view_batch(run, pool):
     """The two views of B random slices, with phi: (t(x), phi(t'(x)), grid, valid).
 
     Views [B, C, S, S]; grid [B, S, S, 2]; valid [B, S, S].
     """
     o = run.o
-    pick = common.random_slices(run.train, o.pretrain_batch)
-    x = run.dataset.image(pick, run.device)                        # [B, C, S, S]
+    pick = common.random_slices(pool.numbers, o.pretrain_batch)
+    x = pool.image(pick, run.device)                               # [B, C, S, S]
     grid, valid = random_affine(len(x), o.size, o.pretrain_rotation, o.crop, run.device)
     t_x = random_intensity(x, o.inversion)
     phi_t_x = warp(random_intensity(x, o.inversion), grid)
@@ -334,6 +335,7 @@ def pretrain(run):
     """Train f and g on all training slices without labels; returns what pretrained.pt holds."""
     o = run.o
     T = o.pretrain_steps
+    pool = common.pretraining_slices(run, run.dataset)
     torch.manual_seed(1000)
     f = run.place(load_backbone(run))
     g = projector(o).to(run.device)
@@ -344,7 +346,7 @@ def pretrain(run):
     for step in run.steps("pretrain", T, (f, g), optimiser):
         warm_up = min(1, (step + 1) / (.05 * T))                   # 5 % of the steps [v2]
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * warm_up * cosine(step, T)
-        t_x, phi_t_x, grid, valid = view_batch(run)                # [B, C, S, S] each, and phi
+        t_x, phi_t_x, grid, valid = view_batch(run, pool)          # [B, C, S, S] each, and phi
         # Z = g(phi(f(t(x)))), Z' = g(f(phi(t'(x))))    (the code: phi(g(f(t(x)))), see no. 6)
         with run.autocast():
             map_a, map_b = two_maps(f, t_x, phi_t_x, o.one_pass)   # [B, W, S, S] each

@@ -3,6 +3,7 @@ ISBI 2024; arXiv 2406.15699).
 
     python sal.py                                         the built-in phantom, no data needed
     python sal.py --data path/to/acdc                     real scans: pre-train, fine-tune, score
+    python sal.py --data A --pretrain-data B C            pre-train on B and C, fine-tune on A
     python sal.py --predict IMAGES --checkpoint FILE.pt   segment new volumes
 
 Two close slices of one scan show nearly the same anatomy, so most pixels of one have a match in
@@ -10,25 +11,36 @@ the other. The local alignment loss (LA) lets every pixel pick its best match an
 together; the global positional loss (GP) uses where a slice lies in its volume. Pre-train the
 encoder with both, without labels; then fine-tune a U-Net with few labels.
 
+What LA is worth, a run a line; the default has GP, repulsion and LA:
+
+    python sal.py --weight-la 0 --weight-u 0 --out runs/gp        GP alone
+    python sal.py --weight-la 0 --out runs/gp-u                   GP and repulsion
+    python sal.py --windows 12 --out runs/same-place              LA of the same place alone
+    python sal.py --weight-gp 0 --out runs/la-u                   LA and repulsion, no GP
+
+(12 is the side of the feature map at 96 x 96; of the phantom's it is 8.)
+
 Paper, code, and what we chose. [paper]: stated there; [PCL]: Zeng et al., MICCAI 2021, what
 "positional" means in this field; [ours]: the paper is silent or we could not read it. The authors
 published no code. The paper has three numbered equations, which could not be read: the names (LA),
 (WLA), (GP) are ours.
  1. LA pulls the best match of every pixel to similarity 1 with MAE, on slices with |i-j| / V < t
-    [paper, Fig. 2]. Both directions (rows and columns of A) are averaged [ours].
+    [paper, Fig. 2]; a tie is close [ours]. Both directions (rows and columns of A) are averaged
+    [ours].
  2. WLA cuts the map into r x r windows and matches inside each [paper, Figs. 1, 2]. r = 4 [ours].
  3. X = N(E(F(S))): encoder F, linear embedding E, L2 norm over channels N [paper, by a review]. E
     has no bias, X comes from encoder level 3, 12 x 12 places at 96 x 96 [ours].
  4. GP: the paper's equation could not be read, so it is PCL's loss, z = pool, linear, ReLU, linear,
-    tau = 0.1, t = 0.35 on ACDC and 0.1 elsewhere [PCL]; without its factor tau / 0.07, and with one
-    t for LA and GP, as that of LA is not known [ours].
+    tau = 0.1, t = 0.35 on ACDC and 0.1 elsewhere [PCL]; without its factor tau / 0.07, and the same
+    t for LA, as that of LA is not known [ours]: `--threshold`, `--threshold-la`.
  5. Total: L_GP + lambda L_WLA, lambda = 1, and our L_U beside them [ours].
  6. LA has no repulsion and is won by features that teach nothing; L_U repels pixels of different
     places. Without it LA collapses (results/sal.md). The log prints WLA beside the WLA between
-    slices of other pairs, nearly always of other volumes, its chance level [ours].
- 7. Pairs: slice i at random, j at random with |i-j| / V < t, j = i allowed, so that all four kinds
-    of pairs occur (Fig. 1 has "different selections" of pairs; what the four are is our reading).
-    The two are moved by the same transform, or there would be no place to align, and get
+    slices of other pairs, nearly always of other volumes, its chance level. Off unless asked for:
+    matches within a `--radius` of the own place, `--spare-matches` [ours].
+ 7. Pairs: slice i at random, j at random with |i-j| / V < t of LA, j = i allowed, so that all four
+    kinds of pairs occur (Fig. 1 has "different selections" of pairs; what the four are is our
+    reading). The two are moved by the same transform, or there would be no place to align, and get
     intensities of their own [ours].
  8. Pre-training by AdamW 1e-3 with a cosine (PCL: SGD 0.1); fine-tuning by cross-entropy + Dice,
     AdamW, the encoder slower than the new decoder (PCL: cross-entropy, Adam 5e-5) [ours]. The
@@ -62,16 +74,20 @@ OPTIONS = [
     ("width", 16, None, None, "channels of the first U-Net level (PCL: 48 on ACDC)"),
     ("spacing", None, 2.5, None, "mm a pixel in plane; 2 on ACDC"),
     ("size", None, 64, None, "S, crop in pixels, divisible by 16; 96 on ACDC"),
+    ("pretrain_data", [], None, None, "folders to pre-train on instead of --data; need no labels"),
     ("pretrain_steps", 8000, 1000, None, "steps of pre-training (PCL: 300 epochs)"),
     ("pretrain_lr", 1e-3, None, None, "AdamW, cosine to 0 (PCL: SGD 0.1)"),
     ("pretrain_rotation", .5, None, None, "largest rotation of a pair in rad (PCL: pi)"),
     ("pairs", 16, None, None, "B, pairs of slices a step (PCL: 32 slices)"),
-    ("threshold", None, .35, None, "t, of the volume's length; 0.35 on ACDC, else 0.1 (PCL's)"),
+    ("threshold", None, .35, None, "t of GP, of a volume; 0.35 on ACDC, else 0.1 (PCL)"),
+    ("threshold_la", None, .35, None, "t of LA; 0.35 on ACDC, else 0.1 (paper: not known)"),
     ("temperature", .1, None, None, "tau of GP (PCL: 0.1)"),
     ("weight_gp", 1., None, None, "of L_GP; 0: LA alone"),
-    ("weight_la", 1., None, None, "lambda, of L_WLA; 0, with --weight-u 0: GP alone"),
+    ("weight_la", 1., None, None, "lambda, of L_WLA; 0: GP and L_U alone; --weight-u 0 too: GP"),
     ("weight_u", 1., None, None, "of L_U, ours; 0: LA as we read the paper, which collapses"),
-    ("windows", 4, None, None, "r: r x r windows; r divides h and w; 1: LA (paper: r not known)"),
+    ("windows", 4, None, None, "r: r x r windows; r divides h and w; 1: LA; h: the own place"),
+    ("radius", 0, None, None, "of a match, in places, inside the window; 0: no limit (ours)"),
+    ("spare_matches", False, None, None, "L_U does not repel what LA has just matched (ours)"),
     ("level", 3, None, None, "encoder level of X: size S / 2^level"),
     ("steps", 1200, 240, None, "steps of fine-tuning, also from scratch (PCL: 100 epochs)"),
     ("batch", 8, None, None, "labelled slices a step (PCL: 10)"),
@@ -84,20 +100,26 @@ OPTIONS = [
 def check(run):
     """Fill in t, which depends on the data, and refuse impossible options. Raises DataError."""
     o = run.o
-    if o.threshold is None:                                        # ACDC: |i-j| <= 3 of 10 slices
-        o.threshold = .35 if run.cases.layout == "ACDC" else .1
+    by_data = .35 if run.cases.layout == "ACDC" else .1            # ACDC: |i-j| <= 3 of 10 slices
+    if o.threshold is None:
+        o.threshold = by_data
+    if o.threshold_la is None:
+        o.threshold_la = by_data
     common.refuse([(o.level not in range(5), f"--level {o.level}: use 0 to 4")])
     side = o.size // 2 ** o.level                                  # of the feature map
     common.refuse([
         (o.windows < 1 or side % o.windows,
          f"--windows {o.windows}: does not divide the {side} x {side} map of --level {o.level}; "
          f"use a divisor of {side}"),
+        (o.radius < 0, f"--radius {o.radius}: use 1 or more places, or 0 for no limit"),
         (min(o.weight_gp, o.weight_la, o.weight_u) < 0,
          "--weight-gp --weight-la --weight-u: use 0 or more"),
         (o.weight_gp == o.weight_la == 0,
          "--weight-gp 0 --weight-la 0: nothing of the paper is left to train; drop one of them"),
         (not 0 < o.threshold <= 1,
          f"--threshold {o.threshold}: use a share of the volume's length in (0, 1]"),
+        (not 0 < o.threshold_la <= 1,
+         f"--threshold-la {o.threshold_la}: use a share of the volume's length in (0, 1]"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (o.pretrain_steps < 1, "--pretrain-steps: use 1 or more"),
         (o.pairs < 2, "--pairs: use 2 or more"),
@@ -115,15 +137,20 @@ def to_windows(X, r):
     return X.reshape(B * r * r, -1, C)                             # [B r^2, hw/r^2, C]
 
 
-def local_alignment_loss(x_i, x_j, windows=1):
-    """Windowed local alignment loss (WLA); with one window it is (LA).
+def near(h, w, radius):
+    """Which two places of an h x w map lie at most `radius` places apart: bool [hw, hw]."""
+    place = torch.arange(h * w)
+    y = place // w
+    x = place % w
+    dy = y[:, None] - y                                            # [hw, hw]
+    dx = x[:, None] - x
+    return dy ** 2 + dx ** 2 <= radius ** 2
 
-        L_LA(i,j) = 1/(hw) sum_p | 1 - max_q A[p,q] |                         (LA)
-        L_WLA(i,j) = 1/r^2 sum_k L_LA(window k of i, window k of j)           (WLA)
 
-    x_i, x_j: maps E(F(S_i)), E(F(S_j)) [B, C, h, w] of close slices, before normalisation;
-    `windows` = r divides h and w. Returns a scalar in [0, 2]. Both directions are averaged (ours).
-    Raises ValueError if r does not divide h and w.
+def similarities(x_i, x_j, windows, radius):
+    """A of every window, [B r^2, hw/r^2, hw/r^2] cosines; below -1 where a match is not sought.
+
+    x_i, x_j [B, C, h, w] before normalisation. Raises ValueError if r does not divide h and w.
     """
     h, w = x_i.shape[2:]
     if h % windows or w % windows:
@@ -133,11 +160,47 @@ def local_alignment_loss(x_i, x_j, windows=1):
     X_j = to_windows(F.normalize(x_j.float(), dim=1), windows)
     # A = X_i^T X_j in the paper, where pixels are columns; here they are rows
     with torch.autocast(x_i.device.type, enabled=False):           # float32 also under autocast
-        A = X_i @ X_j.mT                                           # [B r^2, hw/r^2, hw/r^2] cosines
+        A = X_i @ X_j.mT                                           # [B r^2, hw/r^2, hw/r^2]
+    if radius:
+        far = ~near(h // windows, w // windows, radius)            # [hw/r^2, hw/r^2]
+        A = A.masked_fill(far.to(A.device), -2)
+    return A
+
+
+def local_alignment_loss(x_i, x_j, windows=1, radius=0):
+    """Windowed local alignment loss (WLA); with one window it is (LA).
+
+        L_LA(i,j) = 1/(hw) sum_p | 1 - max_q A[p,q] |                         (LA)
+        L_WLA(i,j) = 1/r^2 sum_k L_LA(window k of i, window k of j)           (WLA)
+
+    x_i, x_j: maps E(F(S_i)), E(F(S_j)) [B, C, h, w] of close slices, before normalisation;
+    `windows` = r divides h and w; with a `radius` q lies so near p as well (ours). Returns a scalar
+    in [0, 2]. Both directions are averaged (ours). Raises ValueError if r does not divide h and w.
+    """
+    A = similarities(x_i, x_j, windows, radius)                    # [B r^2, hw/r^2, hw/r^2]
     # | 1 - max_q A[p,q] |, mean over the pixels p of a window and over the windows
     forward = (1 - A.amax(2)).abs().mean()                         # rows: pixels of i
     backward = (1 - A.amax(1)).abs().mean()                        # columns: pixels of j
     return (forward + backward) / 2
+
+
+def best_matches(x_i, x_j, windows, radius):
+    """The place q in j that LA finds for every place p in i: maps [B, C, h, w] -> [B, hw]."""
+    B, _, h, w = x_i.shape
+    A = similarities(x_i, x_j, windows, radius)
+    q = A.argmax(2).unflatten(0, (B, -1))                          # [B, r^2, hw/r^2], in the window
+    place = torch.arange(h * w, device=q.device)
+    place = to_windows(place.view(1, 1, h, w), windows)[..., 0]    # [r^2, hw/r^2]: window -> map
+    q = place.expand_as(q).gather(2, q).flatten(1)                 # [B, hw], window by window
+    return q[:, place.flatten().argsort()]                         # [B, hw], row by row
+
+
+def matched_pairs(x_i, x_j, windows, radius):
+    """Which p of i and q of j LA has matched, in either direction: bool [B, hw, hw]."""
+    hw = x_i[0, 0].numel()
+    there = F.one_hot(best_matches(x_i, x_j, windows, radius), hw)         # [B, hw, hw]
+    back = F.one_hot(best_matches(x_j, x_i, windows, radius), hw)
+    return (there + back.mT) > 0
 
 
 def global_positional_loss(z, position, threshold, temperature):
@@ -151,11 +214,9 @@ def global_positional_loss(z, position, threshold, temperature):
     """
     n = len(z)
     z = F.normalize(z.float(), dim=1)
-    position = position.to(z.device)
     itself = torch.eye(n, dtype=torch.bool, device=z.device)
     # P(a) = { b != a : |pos_a - pos_b| < t }
-    away = (position[:, None] - position[None]).abs()              # [n, n]
-    P = (away < threshold) & ~itself                               # [n, n] bool
+    P = common.is_close(position, threshold).to(z.device) & ~itself        # [n, n] bool
     # log( exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau) )
     with torch.autocast(z.device.type, enabled=False):             # float32 also under autocast
         sim = z @ z.T / temperature                                # [n, n]: sim(z_a,z_b)/tau
@@ -169,31 +230,39 @@ def global_positional_loss(z, position, threshold, temperature):
     return per_anchor[count > 0].mean()
 
 
-def uniformity_loss(x, volume, places=16, sharpness=4.):
+def uniformity_loss(x, volume, places=16, sharpness=4., spared=None):
     """What LA lacks: different places repel, so that equal features cannot win.
 
         L_U = log mean exp(s sim(X_a[p], X_b[q]))    (ours, after Wang and Isola 2020)
 
     s = `sharpness`; over m = `places` (or hw, if fewer) random places p, q of all n views a, b,
-    except the same place of the same volume.
-    It repels every other place, also one that LA has just chosen as a match. Pixels of one place in
-    different volumes are among the pairs: else a code of the place, read off the zero padding,
-    makes LA 0 without anatomy. x [n, C, h, w] before normalisation, volume [n]. Returns a scalar:
-    0 when pixels are unrelated, 4 when all are equal.
+    except the same place of the same volume. So it repels two places of one pair of slices, also
+    where LA has just matched them, unless `spared` [n/2, hw, hw] has that p of view a and q of view
+    a + n/2; and one place in two volumes, also in ED and ES of one heart: else a code of the place,
+    read off the zero padding, makes LA 0 without anatomy. x [n, C, h, w] before normalisation,
+    volume [n]. Returns a scalar: 0 when pixels are unrelated, 4 when all are equal.
     """
     n = len(x)
     hw = x[0, 0].numel()
     place = torch.randperm(hw)[:places].to(x.device)               # [m], the same in all views
+    m = len(place)
     X = F.normalize(x.float(), dim=1).flatten(2)                   # [n, C, hw]
     X = X[:, :, place].movedim(1, 2).flatten(0, 1)                 # [n m, C], view by view
     volume = torch.as_tensor(volume, device=x.device)
-    of_volume = volume.repeat_interleave(len(place))               # [n m]
+    of_volume = volume.repeat_interleave(m)                        # [n m]
     of_place = place.repeat(n)                                     # [n m]
     other_volume = of_volume[:, None] != of_volume                 # [n m, n m]
     other_place = of_place[:, None] != of_place
+    repelled = other_volume | other_place
+    if spared is not None:
+        a = torch.arange(n // 2, device=x.device)
+        spared = spared[:, place][:, :, place]                     # [n/2, m, m]
+        pairs = repelled.view(n, m, n, m)
+        pairs[a, :, a + n // 2] &= ~spared
+        pairs[a + n // 2, :, a] &= ~spared.mT
     with torch.autocast(x.device.type, enabled=False):
         sim = (sharpness * X) @ X.T                                # [n m, n m]
-    sim = sim[other_volume | other_place]                          # [pairs that repel]
+    sim = sim[repelled]                                            # [pairs that repel]
     return sim.logsumexp(0) - math.log(len(sim))
 
 
@@ -209,8 +278,7 @@ def pair_kinds(volume, slice_number, depth, threshold):
     V = torch.as_tensor(np.asarray(depth))
     same_volume = volume[:, None] == volume[None]
     same_slice = same_volume & (i[:, None] == i[None])
-    position = (i + 1) / V
-    close = (position[:, None] - position[None]).abs() < threshold
+    close = common.is_close((i + 1) / V, threshold)                # [n, n]
     kinds = torch.full(close.shape, 4)
     kinds[close & ~same_volume] = 3
     kinds[close & same_volume] = 2
@@ -256,28 +324,29 @@ def sample_pairs(dataset, numbers, n_pairs, threshold):
     first = common.random_slices(numbers, n_pairs)                 # [B]: numbers in the dataset
     V = dataset.depth[first]
     i = dataset.slice[first]                                       # [B]: numbers in the volume
-    # the largest |i-j| with |i-j| / V < t; 1e-9, lest rounding lets |i-j| / V = t through
-    reach = np.ceil(threshold * V - 1e-9).astype(int) - 1
+    # the largest |i-j| whose positions are close: |i-j| / V < t + TIE, as `common.is_close` has it
+    reach = np.ceil((threshold + common.TIE) * V).astype(int) - 1
     lo = np.maximum(i - reach, 0)
     hi = np.minimum(i + reach, V - 1)
     j = lo + (torch.rand(n_pairs).numpy() * (hi - lo + 1)).astype(int)
     return first, first + j - i
 
 
-def pair_batch(run):
+def pair_batch(run, pool):
     """B pairs of close slices as views [2B, C, S, S] (all i, then all j), and numbers [2B]."""
     o = run.o
-    pick = np.concatenate(sample_pairs(run.dataset, run.train, o.pairs, o.threshold))
+    pick = np.concatenate(sample_pairs(pool, pool.numbers, o.pairs, o.threshold_la))
     # the same place for both slices of a pair, intensities each their own (ours)
     grid = spatial_grid(o.pairs, o.size, o.pretrain_rotation, run.device)
     grid = grid.repeat(2, 1, 1, 1)                                 # [2B, S, S, 2]
-    views = photometric(warp(run.dataset.image(pick, run.device), grid))   # [2B, C, S, S]
+    views = photometric(warp(pool.image(pick, run.device), grid))  # [2B, C, S, S]
     return common.channels_last(views), pick
 
 
 def pretrain(run):
     """Train encoder and heads on all training slices, without labels; returns pretrained.pt."""
     o = run.o
+    pool = common.pretraining_slices(run, run.dataset)
     torch.manual_seed(1000)
     unet = run.place(run.unet(classes=2))                          # its head is not used here
     heads = Heads(unet.encoder.widths, o.level).to(run.device)
@@ -285,14 +354,17 @@ def pretrain(run):
     optimiser = torch.optim.AdamW(parameters, o.pretrain_lr, weight_decay=1e-5)
     for step in run.steps("pretrain", o.pretrain_steps, (unet, heads), optimiser):
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * cosine(step, o.pretrain_steps)
-        views, pick = pair_batch(run)                              # [2B, C, S, S], [2B]
+        views, pick = pair_batch(run, pool)                        # [2B, C, S, S], [2B]
         with run.autocast():
             x, z = heads(unet.encoder(views))                      # [2B, C, h, w], [2B, d]
-        position = torch.from_numpy(run.dataset.position[pick])    # [2B]
+        position = torch.from_numpy(pool.position[pick])           # [2B]
         L_GP = global_positional_loss(z, position, o.threshold, o.temperature)
         x_i, x_j = x.chunk(2)                                      # all i, all j: [B, C, h, w]
-        L_WLA = local_alignment_loss(x_i, x_j, o.windows)
-        L_U = uniformity_loss(x, run.dataset.volume[pick])
+        L_WLA = local_alignment_loss(x_i, x_j, o.windows, o.radius)
+        spared = None
+        if o.spare_matches:
+            spared = matched_pairs(x_i, x_j, o.windows, o.radius)  # [B, hw, hw]
+        L_U = uniformity_loss(x, pool.volume[pick], spared=spared)
         # L = L_GP + lambda L_WLA    (total), and our L_U, each with its weight
         loss = o.weight_gp * L_GP + o.weight_la * L_WLA + o.weight_u * L_U
         optimiser.zero_grad()
@@ -300,7 +372,7 @@ def pretrain(run):
         optimiser.step()
         if step % 50 == 0:
             with torch.no_grad():                                  # chance level of WLA
-                strangers = local_alignment_loss(x_i, x_j.roll(1, 0), o.windows)
+                strangers = local_alignment_loss(x_i, x_j.roll(1, 0), o.windows, o.radius)
             run.log("pretrain", step=step, GP=L_GP, GP_chance=math.log(2 * o.pairs - 1), WLA=L_WLA,
                     WLA_strangers=strangers, U=L_U, random_pairs=random_pair_similarity(x))
     return run.save_pretrained(unet=unet.state_dict(), parts=["encoder"], heads=heads.state_dict())
@@ -315,11 +387,12 @@ def finetune(run, row, start=None):
     numbers = run.dataset.of_patients(run.patients(row.labelled), labelled=True)
     torch.manual_seed(row.seed)
     unet = run.place(run.unet())
+    taken = []
     if start:
-        common.load_weights(unet, start["unet"], start["parts"])
-    new = [*unet.decoder.parameters(), *unet.head.parameters()]
-    groups = [{"params": unet.encoder.parameters(), "peak": o.pretrained_lr if start else o.lr},
-              {"params": new, "peak": o.lr}]
+        taken, _ = common.load_weights(unet, start["unet"], start["parts"])
+    old = [p for k, p in unet.named_parameters() if k in taken]
+    new = [p for k, p in unet.named_parameters() if k not in taken]
+    groups = [{"params": old, "peak": o.pretrained_lr}, {"params": new, "peak": o.lr}]
     optimiser = torch.optim.AdamW(groups, weight_decay=1e-4)
     for step in run.steps(row.name, o.steps, (unet,), optimiser):
         for group in optimiser.param_groups:
@@ -356,9 +429,12 @@ def feature_maps(run, images, pretrained=None):
 
 
 def draw_matches(run, pretrained):
-    """matches.png: pixels of slice i and their best matches in slice i + 1, before and after."""
+    """matches.png: pixels of slice i and their best matches in slice i + 1, before and after.
+
+    Sought where training seeks them: in the window of --windows, within --radius.
+    """
+    o = run.o
     dataset = run.dataset
-    S = run.o.size
     first = dataset.of_patients(run.split["val"])[0]
     slices = first + np.arange(dataset.depth[first])
     images = dataset.image(slices, run.device)                     # [V, C, S, S]
@@ -367,20 +443,22 @@ def draw_matches(run, pretrained):
     figure, axes = common.new_figure(1, 5, 3.0, 3.2)
     axes = axes[0]
     common.show(axes[0], picture[i], title="slice i, query pixels")
-    for column, (title, weights) in enumerate((("before", None), ("after", pretrained))):
+    for column, weights in enumerate([None, pretrained]):
+        title = ["before", "after"][column]
         X = feature_maps(run, images, weights)                     # [V, C, h, w]
         h, w = X.shape[2:]
         A = X[i].flatten(1).T @ X[i + 1].flatten(1)                # [hw, hw] cosine similarities
-        similarity, match = A.max(1)                               # [hw] each
+        match = best_matches(X[[i]], X[[i + 1]], o.windows, o.radius)[0]       # [hw]
+        similarity = A.gather(1, match[:, None])                   # [hw, 1]
         common.show(axes[1 + column], picture[i + 1],
                     title=f"slice i+1, best matches {title}\nmean best similarity "
                           f"{similarity.mean():.2f}, all pairs {A.mean():.2f}")
         for n in range(9):                                         # a 3 x 3 pattern of queries
-            y = (h // 3, h // 2, 2 * h // 3)[n // 3]
-            x = (w // 3, w // 2, 2 * w // 3)[n % 3]
+            y = [h // 3, h // 2, 2 * h // 3][n // 3]
+            x = [w // 3, w // 2, 2 * w // 3][n % 3]
             best = int(match[y * w + x])
-            mark_place(axes[0], y, x, S / w, f"C{n}")
-            mark_place(axes[1 + column], best // w, best % w, S / w, f"C{n}")
+            mark_place(axes[0], y, x, o.size / w, f"C{n}")
+            mark_place(axes[1 + column], best // w, best % w, o.size / w, f"C{n}")
         middle = (h // 2) * w + w // 2
         axes[3 + column].imshow(A[middle].view(h, w), cmap="magma", vmin=-.5, vmax=1)
         axes[3 + column].set_title(f"similarity to the middle\npixel of slice i, {title}",

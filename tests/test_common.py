@@ -155,7 +155,37 @@ def test_distances_equal_brute_force(spacing):
     for _ in range(3):
         a, b = rng.random((2, 4, 7, 6)) > .6
         want = brute_distances(a, b, spacing)
-        assert surface_distances(a, b, spacing) == pytest.approx(want, abs=1e-4)
+        assert surface_distances(a, b, spacing) == pytest.approx(want, abs=1e-9)
+
+
+def ball(n, radius, centre):
+    """n points on a sphere, rounded to the voxels of an image of 3 x 1.5 x 1.5 mm."""
+    x = np.random.default_rng(0).normal(size=(n, 3))
+    x = radius * x / np.linalg.norm(x, axis=1, keepdims=True) + centre
+    return np.unique((x / (3, 1.5, 1.5)).round(), axis=0) * (3, 1.5, 1.5)
+
+
+def test_nearest_points_equal_brute_force():
+    """Surfaces that all but meet, one far outside and one inside the other, points all over."""
+    organ = ball(2000, 40, (200, 200, 200))
+    everywhere = np.random.default_rng(1).integers(0, 256, (2000, 3)) * (3, 1.5, 1.5)
+    others = {
+        "moved by little": ball(2000, 42, (203, 201, 199)),
+        "far outside": ball(2000, 30, (500, 100, 300)),
+        "inside": ball(1000, 9, (201, 200, 200)),
+        "everywhere": everywhere,
+    }
+    for name, other in others.items():
+        for a, b in ((organ, other), (other, organ)):
+            assert len(a) * len(b) > 400_000                       # enough to be halved
+            want = np.linalg.norm(a[:, None] - b, axis=-1).min(1)
+            assert np.abs(common._nearest(a, b) - want).max() < 1e-9, name
+
+
+def test_nearest_of_a_single_point():
+    many = np.random.default_rng(0).normal(size=(250_000, 3))
+    want = np.linalg.norm(many[17] + .001 - many, axis=1).min()
+    assert common._nearest(many[17:18] + .001, many) == pytest.approx([want])
 
 
 def cube(*voxels):
@@ -164,6 +194,16 @@ def cube(*voxels):
     for voxel in voxels:
         mask[voxel] = True
     return mask
+
+
+def test_distances_of_surfaces_that_share_voxels_by_hand():
+    """Of 2 and 3 voxels, of which 2 are shared; the third is 2 mm from them."""
+    two = cube((2, 2, 1), (2, 2, 2))
+    three = cube((2, 2, 1), (2, 2, 2), (2, 2, 4))
+    hd95, assd = surface_distances(two, three, (5, 5, 1))
+    assert hd95 == pytest.approx(np.percentile([0, 0, 2], 95))
+    assert assd == pytest.approx(2 / 5)
+    assert surface_distances(two, two, (5, 5, 1)) == (0, 0)
 
 
 def test_distances_of_single_voxels_by_hand():
@@ -803,7 +843,7 @@ def test_help_shows_every_value_of_the_table(script, capsys, monkeypatch):
 def typed(value):
     """A value as --help shows it."""
     if isinstance(value, list):
-        return " ".join(typed(v) for v in value)
+        return " ".join(typed(v) for v in value) or "none"
     if isinstance(value, bool):
         return {True: "on", False: "off"}[value]
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import common
-from sal import (global_positional_loss, local_alignment_loss, pair_kinds, random_pair_similarity,
-                 sample_pairs, uniformity_loss)
+import macl
+from sal import (best_matches, global_positional_loss, local_alignment_loss, matched_pairs,
+                 pair_kinds, random_pair_similarity, sample_pairs, uniformity_loss)
 
 # ---------------------------------------------------------------------------------------- oracles
 
@@ -66,16 +67,20 @@ def gp_oracle(z, position, t, tau):
     return sum(anchors) / len(anchors)
 
 
-def uniformity_oracle(x, volume):
-    """L_U over all places of maps [n, C, h, w], pair by pair in float64."""
+def uniformity_oracle(x, volume, spared=()):
+    """L_U over all places of maps [n, C, h, w], pair by pair in float64.
+
+    spared: {((view, place), (view, place))} that are left out.
+    """
     points = []
-    for view, number in zip(x.double().numpy(), volume):
+    for n, (view, number) in enumerate(zip(x.double().numpy(), volume)):
         for place, vector in enumerate(pixels(view)):
-            points.append((number, place, vector))
+            points.append((n, number, place, vector))
     repelled = []
-    for number, place, u in points:
-        for other_number, other_place, v in points:
-            if (number, place) != (other_number, other_place):
+    for n, number, place, u in points:
+        for other_n, other_number, other_place, v in points:
+            out = ((n, place), (other_n, other_place)) in spared
+            if (number, place) != (other_number, other_place) and not out:
                 repelled.append(math.exp(4 * float(u @ v)))
     return math.log(sum(repelled) / len(repelled))
 
@@ -142,6 +147,50 @@ def test_windows_that_do_not_divide_the_map_are_refused():
         local_alignment_loss(x, x, 4)
 
 
+@pytest.mark.parametrize("r, radius", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_matches_within_a_radius(r, radius):
+    """Window by window, place by place: the best of those in the window and at most so far away."""
+    x_i, x_j = torch.randn(2, 1, 5, 4, 6, generator=torch.Generator().manual_seed(r))
+    p = pixels(x_i[0].numpy())
+    q = pixels(x_j[0].numpy())
+    best = []
+    match = []
+    for a in range(24):
+        ya, xa = divmod(a, 6)
+        found = {}
+        for b in range(24):
+            yb, xb = divmod(b, 6)
+            window = ya * r // 4 == yb * r // 4 and xa * r // 6 == xb * r // 6
+            if window and (ya - yb) ** 2 + (xa - xb) ** 2 <= radius ** 2:
+                found[b] = float(p[a] @ q[b])
+        match.append(max(found, key=found.get))
+        best.append(1 - found[match[-1]])
+    assert best_matches(x_i, x_j, r, radius)[0].tolist() == match
+    # LA averages both directions
+    forward = 2 * local_alignment_loss(x_i, x_j, r, radius)
+    back = [1 - float(q[b] @ p[m]) for b, m in enumerate(best_matches(x_j, x_i, r, radius)[0])]
+    assert forward.item() == pytest.approx(np.mean(best) + np.mean(back), abs=1e-5)
+
+
+def test_a_long_radius_is_none_and_a_short_one_is_the_place_itself():
+    x_i, x_j = torch.randn(2, 2, 5, 6, 6)
+    la = local_alignment_loss(x_i, x_j)
+    assert torch.equal(local_alignment_loss(x_i, x_j, 1, 99), la)
+    assert local_alignment_loss(x_i, x_j, 1, .5) == pytest.approx(
+        local_alignment_loss(x_i, x_j, 6).item(), abs=1e-6)
+
+
+def test_matched_pairs_by_hand():
+    """One row of three places: i = (a, b, c), j = (b, b', -a); b' is a little off b."""
+    a, b, c = torch.eye(4)[:3]
+    off = F.normalize(b + .2 * torch.eye(4)[3] + .1 * c, dim=0)
+    x_i = torch.stack([a, b, c]).T.view(1, 4, 1, 3)
+    x_j = torch.stack([b, off, -a]).T.view(1, 4, 1, 3)
+    # i's best: a with b or b' (both 0: the first), b with b, c with b'; j's: b, b, not a (first: b)
+    want = [[1, 0, 0], [1, 1, 1], [0, 1, 0]]
+    assert matched_pairs(x_i, x_j, 1, 0)[0].int().tolist() == want
+
+
 # --------------------------------------------------------------------------------------------- GP
 
 
@@ -171,9 +220,9 @@ def test_gp_chance_level():
 
 
 def test_gp_without_a_positive_is_zero():
-    """|pos_a - pos_b| = t is not < t; and the zero has a gradient, of zeros."""
+    """And the zero has a gradient, of zeros."""
     z = torch.randn(3, 4, requires_grad=True)
-    loss = global_positional_loss(z, torch.tensor([.25, .5, .75]), .25, .1)
+    loss = global_positional_loss(z, torch.tensor([.25, .5, .75]), .24, .1)
     assert loss.item() == 0
     loss.backward()
     assert torch.equal(z.grad, torch.zeros(3, 4))
@@ -214,6 +263,19 @@ def test_uniformity_equals_the_double_loop():
     volume = [0, 0, 1, 2, 2]
     want = uniformity_oracle(x, volume)
     assert uniformity_loss(x, volume).item() == pytest.approx(want, abs=1e-5)
+
+
+def test_uniformity_spares_the_matches():
+    """Of views 0 and 2, and of 1 and 3, in both directions, and of no other two."""
+    x = torch.randn(4, 3, 2, 3)
+    volume = [0, 1, 0, 1]
+    matched = matched_pairs(*x.chunk(2), 1, 0)                     # [2, 6, 6]
+    spared = set()
+    for b, p, q in matched.nonzero().tolist():
+        spared |= {((b, p), (b + 2, q)), ((b + 2, q), (b, p))}
+    want = uniformity_oracle(x, volume, spared)
+    assert uniformity_loss(x, volume, spared=matched).item() == pytest.approx(want, abs=1e-5)
+    assert uniformity_loss(x, volume).item() != pytest.approx(want, abs=1e-3)
 
 
 def test_uniformity_of_equal_features_is_four():
@@ -276,6 +338,40 @@ def test_uniformity_prevents_the_collapse():
     assert abs(random_pairs) < .1
 
 
+# ---------------------------------------------------------------------------------- like positions
+
+
+def dataset_position(V):
+    """Positions of a volume of V slices as `SliceDataset` has them."""
+    return torch.from_numpy(((np.arange(V) + 1) / V).astype(np.float32))
+
+
+def test_neighbours_of_ten_slices_are_close_at_a_tenth():
+    """|i-j| / V = t exactly, nine times: rounding may not decide (it took 4 of the 9)."""
+    close = common.is_close(dataset_position(10), .1)
+    assert close.diagonal(1).tolist() == [True] * 9
+    assert close.diagonal(2).tolist() == [False] * 8
+    assert torch.equal(close, close.T)
+    # both scripts take their positives from it
+    assert torch.equal(macl.positive_pairs(dataset_position(10), .1)[:10, 10:], close)
+    assert (pair_kinds([0] * 10, range(10), [10] * 10, .1).diagonal(1) == 2).all()
+    z = torch.randn(10, 4)
+    got = global_positional_loss(z, dataset_position(10), .1, .1).item()
+    assert got == pytest.approx(global_positional_loss(z, dataset_position(10), .15, .1).item())
+
+
+@pytest.mark.parametrize("t", [.05, .1, .15, .2, .35, 1.])
+def test_like_positions_in_whole_numbers(t):
+    """Every pair of slices of volumes of up to 40 slices: |m (i+1) - n (j+1)| / (n m) <= t."""
+    for n, m in ((8, 8), (10, 10), (20, 20), (40, 40), (7, 12), (10, 40)):
+        position = torch.cat([dataset_position(n), dataset_position(m)])
+        close = common.is_close(position, t)[:n, n:]
+        for i in range(n):
+            for j in range(m):
+                away = abs(m * (i + 1) - n * (j + 1))
+                assert close[i, j] == (100 * away <= round(100 * t) * n * m)
+
+
 # ------------------------------------------------------------------------------ the kinds of pairs
 
 # Views of volume 0: slices 2, 2, 3, 9 of 10; of volume 1: slices 5 (position .3, as slice 2 of 10),
@@ -336,7 +432,7 @@ def test_sampled_pairs_are_of_kind_1_or_2_and_reach_every_close_slice():
     for n in range(28):
         close = set()
         for m in range(28):
-            away = abs(d.slice[m] - d.slice[n]) / d.depth[n]
-            if d.volume[m] == d.volume[n] and away < .35:
+            away = 100 * abs(d.slice[m] - d.slice[n])              # whole numbers: 7 / 20 is a tie
+            if d.volume[m] == d.volume[n] and away <= 35 * d.depth[n]:
                 close.add(m)
         assert set(j[i == n]) == close

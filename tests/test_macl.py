@@ -111,7 +111,8 @@ def test_positives_by_position():
     for i in range(3):
         want[i, i + 3] = True
         want[i + 3, i] = True
-    assert torch.equal(macl.positive_pairs(three, .25), want)      # |.25 - .5| < .25 is false
+    assert torch.equal(macl.positive_pairs(three, .24), want)
+    assert macl.positive_pairs(three, .25).sum() == 6 + 8          # a tie is close
     assert macl.positive_pairs(three, .26).sum() == 6 + 8          # both views of both
     one_place = macl.positive_pairs(torch.tensor([.3, .3]), 1e-6)
     assert torch.equal(one_place, ~torch.eye(4, dtype=torch.bool))
@@ -295,7 +296,7 @@ def test_views():
     assert not torch.allclose(V1, V2)
     assert not torch.allclose(V1, X)
     assert V1.max() <= 1 + 1e-6                                    # T_var moves only
-    I1, I2, _, _ = macl.four_views(X, view_options("--photometric"))
+    I1, I2, _, _ = macl.four_views(X, view_options("--t-fix", "photometric"))
     assert not torch.allclose(I1, I2)
     assert not torch.allclose(I1, X)
 
@@ -309,6 +310,87 @@ def test_T_var_is_affine():
     assert inner.diff(n=2, dim=1).abs().max() < 1e-3
     assert inner.diff(n=2, dim=2).abs().max() < 1e-3
     assert inner.diff(dim=2).abs().max() > 1e-3
+
+
+def test_T_var_of_the_code():
+    """Two of three are turned, scaled and bent; the others are mirrored at most."""
+    torch.manual_seed(0)
+    n, S = 4000, 8
+    grid = macl.code_grid(n, S, "cpu").double()                    # [n, S, S, 2]
+    ends = torch.tensor([-1 + 1 / S, 1 - 1 / S])                   # of the pixels' centres
+    across = (grid[:, :, -1] - grid[:, :, 0]).mean(1) / (ends[1] - ends[0])        # [n, 2]
+    down = (grid[:, -1] - grid[:, 0]).mean(1) / (ends[1] - ends[0])
+    assert grid.mean((1, 2)).abs().max() < .02                     # the middle stays
+    still = (across[:, 1].abs() < 1e-6) & (down[:, 0].abs() < 1e-6)
+    still &= (across[:, 0].abs() - 1).abs() < 1e-6
+    assert still.double().mean() == pytest.approx(.33, abs=.03)
+    for axis, way in ((across, 0), (down, 1)):
+        signs = axis[still, way].sign()
+        assert signs.mean().abs() < .1                             # each axis mirrored or not
+    assert (across[still, 0] * down[still, 1]).sign().mean().abs() < .1    # independently
+    moved = ~still
+    scale = across[moved].norm(dim=1)
+    assert scale.min() == pytest.approx(.7, abs=.03)
+    assert scale.max() == pytest.approx(1.3, abs=.03)
+    assert scale.mean() == pytest.approx(1, abs=.02)
+    angle = torch.atan2(across[moved, 1], across[moved, 0])
+    for quarter_turn in range(4):                                  # every direction as often
+        low = -math.pi + quarter_turn * math.pi / 2
+        share = ((angle >= low) & (angle < low + math.pi / 2)).double().mean()
+        assert share == pytest.approx(.25, abs=.04)
+    # what is left, once the affine part is taken out, are waves of 0.4 to 1.4 % of half the width
+    x = grid[:, :1] + (grid[:, -1:] - grid[:, :1]) * torch.linspace(0, 1, S)[:, None, None]
+    bent = (grid - x)[:, 1:-1].std((1, 2, 3))
+    assert bent[still].max() < 1e-6
+    assert .002 < bent[moved].min() < bent[moved].max() < .03
+
+
+def test_T_fix_of_the_code_by_hand(monkeypatch):
+    """Brightness .5, contrast 1.2, sigma 1 on one bright pixel: the Gaussian, scaled to [0, 1]."""
+    draws = iter([.5, 1.2, 1.])
+    monkeypatch.setattr(macl, "uniform", fixed(draws))
+    x = torch.zeros(1, 1, 7, 7)
+    x[0, 0, 3, 3] = 1
+    got = macl.code_intensities(x)[0, 0]
+    side = math.exp(-.5)
+    want = torch.zeros(7, 7)
+    want[2:5, 2:5] = torch.tensor([[side ** 2, side, side ** 2], [side, 1, side],
+                                   [side ** 2, side, side ** 2]])
+    assert torch.allclose(got, want, atol=1e-6)
+    torch.manual_seed(0)
+    monkeypatch.undo()
+    x = torch.rand(5, 1, 16, 16)
+    x[0] = .3                                                      # a blank slice
+    got = macl.code_intensities(x)
+    assert got.isfinite().all()
+    assert got[1:].amin((1, 2, 3)).tolist() == [0] * 4
+    assert got[1:].amax((1, 2, 3)).tolist() == [1] * 4
+
+
+def fixed(draws):
+    """In place of `uniform`: the next of these numbers for every image."""
+    def uniform(n, lo, hi, device):
+        return torch.full((n,), next(draws))
+    return uniform
+
+
+def test_views_of_the_code(monkeypatch):
+    """V1 is T_var of I1, V2 of I2: the branches differ in intensities as I1 and I2 do."""
+    torch.manual_seed(0)
+    X = torch.rand(3, 1, 32, 32)
+    o = view_options("--t-var", "code", "--t-fix", "code")
+    I1, I2, V1, V2 = macl.four_views(X, o)
+    assert not torch.allclose(I1, I2)
+    assert not torch.allclose(V1, I1)
+    assert V1.shape == V2.shape == X.shape
+
+    def noted(x, o):
+        return x
+
+    monkeypatch.setattr(macl, "T_var", noted)
+    I1, I2, V1, V2 = macl.four_views(X, o)
+    assert V1 is I1
+    assert V2 is I2
 
 
 # ------------------------------------------------------------------------ training, what is taken
@@ -379,6 +461,29 @@ def test_every_weight_counts(begin):
     assert torch.equal(no_er[0], g_ins)
 
 
+def test_rows_of_table_III(begin):
+    """What each of the paper's four configurations trains: PCL, + decoder, + L_ER, + L_d."""
+    first = ["--decoder-blocks", 0, "--lambda2", 0, "--lambda3", 0]
+    trained = {}
+    for name, words in (("pcl", first), ("decoder", first[2:]), ("er", first[2:4]), ("macl", [])):
+        run_ = begin("--pretrain-steps", 1, *words)
+        start = macl.pretrain(run_, run_.dataset)
+        torch.manual_seed(1000)
+        unet = common.UNet(1, 2, 4)
+        heads = macl.Heads(unet.encoder.widths, run_.o.decoder_blocks, False)
+        logged = set(common.read_log(run_.out)[0])
+        trained[name] = {
+            "decoder": not torch.equal(start["unet"]["decoder.ups.0.weight"],
+                                       unet.state_dict()["decoder.ups.0.weight"]),
+            "g_pix": not torch.allclose(start["heads"]["g_pix_aux.0.weight"],
+                                        heads.state_dict()["g_pix_aux.0.weight"], atol=1e-6),
+            "logged": len(logged & {"g", "d", "ER"})}
+    assert trained == {"pcl": {"decoder": False, "g_pix": False, "logged": 1},
+                       "decoder": {"decoder": True, "g_pix": False, "logged": 1},
+                       "er": {"decoder": True, "g_pix": False, "logged": 3},
+                       "macl": {"decoder": True, "g_pix": True, "logged": 3}}
+
+
 def test_the_total_is_the_weighted_sum(begin, monkeypatch):
     """Eq. (8): L_MLC = lambda1 L_g + lambda2 L_d + lambda3 L_ER."""
     run_ = begin("--pretrain-steps", 1, "--lambda1", 2, "--lambda2", 3, "--lambda3", 5)
@@ -398,7 +503,7 @@ def test_the_total_is_the_weighted_sum(begin, monkeypatch):
 def test_optimiser_of_pretraining():
     unet, heads = network(2)
     adam = macl.pretrain_optimiser(unet, heads, view_options())
-    sgd = macl.pretrain_optimiser(unet, heads, view_options("--sgd"))
+    sgd = macl.pretrain_optimiser(unet, heads, view_options("--pretrain-optimiser", "sgd"))
     assert isinstance(adam, torch.optim.AdamW)
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.defaults["momentum"] == .9
@@ -517,7 +622,9 @@ def test_pcl_reads_scratch(finished, phantom):
 
 @pytest.mark.parametrize("flags", [
     ["--decoder-blocks", 3, "--pretrain-size", 128, "--eq7", "--precision", "bfloat16"],
-    ["--photometric", "--sgd", "--lambda1", 0, "--threshold", .35, "--split", "val"],
+    ["--t-fix", "photometric", "--pretrain-optimiser", "sgd", "--lambda1", 0, "--threshold", .35,
+     "--split", "val"],
+    ["--t-var", "code", "--t-fix", "code", "--lambda2", 0],
 ])
 def test_options(flags, finished, phantom):
     _, work, _ = finished("macl")
@@ -529,13 +636,15 @@ def test_options(flags, finished, phantom):
 
 def test_the_papers_configuration(capsys):
     o = view_options("--data", "x", "--paper")
-    assert (o.width, o.spacing, o.size, o.pretrain_size) == (32, 1.25, 384, 384)
-    assert (o.pretrain_steps, o.pretrain_batch, o.pretrain_lr, o.sgd) == (8200, 16, .1, True)
+    assert (o.width, o.spacing, o.size, o.pretrain_size) == (32, 1.25, 352, 512)
+    assert (o.pretrain_steps, o.pretrain_batch, o.pretrain_lr) == (8200, 16, .1)
+    assert (o.pretrain_optimiser, o.t_var, o.t_fix) == ("sgd", "code", "identity")
     assert (o.decoder_blocks, o.temperature) == (2, .1)
     assert (o.lambda1, o.lambda2, o.lambda3) == (1., .5, 1.)
-    assert (o.photometric, o.eq7) == (False, False)
+    assert not o.eq7
     assert (o.batch, o.lr, o.pretrained_lr) == (5, 5e-4, 5e-4)
-    assert view_options("--paper", "--width", "8").width == 8      # a given option wins
+    typed = view_options("--paper", "--width", "8", "--pretrain-optimiser", "adamw")
+    assert (typed.width, typed.pretrain_optimiser) == (8, "adamw") # a given option wins
     with pytest.raises(common.DataError, match="does not exist"):
         macl.main(["--data", "no such folder", "--paper"])
     assert "cross-entropy alone" in capsys.readouterr().out        # what no number can set
@@ -562,6 +671,9 @@ def checked(phantom, *words):
     (["--temperature", 0], "--temperature 0.0"),
     (["--pretrain-batch", 1], "--pretrain-batch: 2"),
     (["--pretrain-steps", 0], "--pretrain-steps"),
+    (["--pretrain-optimiser", "adam"], "--pretrain-optimiser adam: use adamw or sgd"),
+    (["--t-var", "none"], "--t-var none: use affine or code"),
+    (["--t-fix", "none"], "--t-fix none: use identity, code or photometric"),
 ])
 def test_bad_options_of_macl(flags, message, phantom):
     with pytest.raises(common.DataError, match=message):

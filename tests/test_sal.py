@@ -27,7 +27,7 @@ def test_what_sal_writes(finished):
     content = common.load_checkpoint(out / "pretrained.pt", "sal")
     assert content["parts"] == ["encoder"]
     used = json.loads((out / "options.json").read_text())
-    assert used["threshold"] == .1                                 # with --data, and not ACDC
+    assert used["threshold"] == used["threshold_la"] == .1         # with --data, and not ACDC
 
 
 def test_pretrained_encoder_reaches_the_fine_tuned_network(finished, phantom, tmp_path):
@@ -57,6 +57,58 @@ def test_rates_of_the_two_groups(finished, phantom, tmp_path):
     assert not torch.equal(unet.head.weight, moved)
 
 
+def test_rates_follow_what_is_taken(finished, phantom, tmp_path):
+    """--init with a decoder, as Pix2Rep's: it has --pretrained-lr as the encoder has, not --lr."""
+    out, work, _ = finished("sal")
+    sal, run_ = begun(phantom, work, tmp_path, "--pretrained-lr", 0)
+    start = common.load_checkpoint(out / "pretrained.pt", "sal")
+    start["parts"] = ["encoder", "decoder"]
+    unet = sal.finetune(run_, common.Row("sal", 1, 0), start)
+    for name, value in unet.named_parameters():
+        assert torch.equal(value, start["unet"].get(name)) != name.startswith("head"), name
+
+
+def test_each_threshold_has_its_loss(finished, phantom, tmp_path, monkeypatch):
+    """--threshold is GP's, --threshold-la that of the pairs."""
+    _, work, _ = finished("sal")
+    sal, run_ = begun(phantom, work, tmp_path, "--threshold", .35, "--threshold-la", .2,
+                      "--pretrain-steps", 1)
+    seen = []
+    pairs = sal.sample_pairs
+    loss = sal.global_positional_loss
+
+    def sample_pairs(dataset, numbers, n_pairs, threshold):
+        seen.append(threshold)
+        return pairs(dataset, numbers, n_pairs, threshold)
+
+    def positional(z, position, threshold, temperature):
+        seen.append(threshold)
+        return loss(z, position, threshold, temperature)
+
+    monkeypatch.setattr(sal, "sample_pairs", sample_pairs)
+    monkeypatch.setattr(sal, "global_positional_loss", positional)
+    sal.pretrain(run_)
+    assert seen == [.2, .35]
+
+
+def test_the_figure_seeks_where_training_seeks(finished, phantom, tmp_path, monkeypatch):
+    """With windows of one place every pixel's match in matches.png is its own place."""
+    out, work, _ = finished("sal")
+    sal, run_ = begun(phantom, work, tmp_path, "--windows", 4)     # 4 x 4 places at 32 x 32
+    marked = []
+    monkeypatch.setattr(sal, "mark_place", marking(marked))
+    sal.draw_matches(run_, common.load_checkpoint(out / "pretrained.pt", "sal"))
+    assert len(marked) == 2 * 9 * 2
+    assert marked[::2] == marked[1::2]
+
+
+def marking(marked):
+    """In place of `mark_place`: append the place."""
+    def mark_place(axis, y, x, pixels, colour):
+        marked.append((y, x))
+    return mark_place
+
+
 def test_pairs_lie_in_one_volume_and_close(finished, phantom, tmp_path):
     _, work, _ = finished("sal")
     sal, run_ = begun(phantom, work, tmp_path, "--threshold", .35)
@@ -74,8 +126,10 @@ def test_pairs_lie_in_one_volume_and_close(finished, phantom, tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--weight-la", 0, "--weight-u", 0],
     ["--weight-gp", 0, "--weight-u", 0],
-    ["--windows", 1, "--level", 2],
-    ["--threshold", .1, "--split", "val"],
+    ["--windows", 1, "--level", 2, "--radius", 2, "--spare-matches"],
+    ["--threshold", .1, "--threshold-la", .35, "--split", "val"],
+    ["--weight-la", 0],
+    ["--windows", 4],
     ["--precision", "bfloat16", "--pretrained-lr", 1e-3],
 ])
 def test_options(flags, finished, phantom):
@@ -120,6 +174,8 @@ def test_bad_options_of_sal(finished, phantom, tmp_path):
     refused(go("--level", 5), "--level 5")
     refused(go("--weight-la", 0, "--weight-gp", 0), "nothing of the paper is left")
     refused(go("--threshold", 0), "--threshold 0.0")
+    refused(go("--threshold-la", 2), "--threshold-la 2.0")
+    refused(go("--radius", -1), "--radius -1")
     refused(go("--pairs", 1), "--pairs")
     refused(go("--temperature", 0), "--temperature 0.0")
     assert not (tmp_path / "o").exists()

@@ -163,6 +163,168 @@ def test_default_data_is_the_phantom(tmp_path):
     assert (tmp_path / "out/figures/overlays.png").exists()
 
 
+# ---------------------------------------------------------------------- pre-training on other scans
+
+PRETRAINING = pytest.mark.parametrize("script", ["sal", "pix2rep", "macl"])
+
+
+@pytest.fixture(scope="module")
+def foreign(phantom, tmp_path_factory):
+    """Three folders without labels: plain MR scans, CT in HU, and one with copies of scans of the
+    phantom: a test case as it is, a validation case compressed anew as another type and turned, and
+    a training case; and another scan of the patient whose test case was copied."""
+    root = tmp_path_factory.mktemp("foreign")
+    for n, shape in enumerate([(40, 30, 5), (40, 30, 7)]):
+        save(root / f"mr/images/a{n}.nii.gz", volume(n, shape)[0], (5, 5, 8))
+    image = volume(7, (80, 80, 6))[0] * 5 - 600
+    save(root / "ct/images/ct1.nii.gz", image, (4, 4, 3))
+    info = {"modality": {"0": "CT"}, "labels": {"0": "background"}}
+    (root / "ct/images").rename(root / "ct/imagesTr")
+    (root / "ct/dataset.json").write_text(json.dumps(info))
+    split = data.split_patients(data.find_cases(phantom))
+    copies = root / "copies/images"
+    copies.mkdir(parents=True)
+    here = phantom / "imagesTr"
+    shutil.copy(here / f"{split['test'][0]}_ED.nii.gz", copies / "secret_ED.nii.gz")
+    save(copies / "secret_ES.nii.gz", volume(8, (40, 30, 5))[0], (5, 5, 8))
+    shutil.copy(here / f"{split['train'][0]}_ED.nii.gz", copies / "known.nii.gz")
+    native = nib.load(here / f"{split['val'][0]}_ES.nii.gz")
+    turned = np.asarray(native.dataobj).astype(np.float32)[::-1]   # and its header does not say so
+    nib.save(nib.Nifti1Image(turned, native.affine), copies / "again.nii")
+    return root
+
+
+def pretraining_run(script, phantom, work, out, *folders):
+    """(module, run) of a script that pre-trains on these folders."""
+    words = ["--data", phantom, "--cache", work / "cache", "--out", out]
+    return started(script, *words, "--pretrain-data", *folders)
+
+
+def test_copies_of_held_out_scans_are_left_out(finished, phantom, foreign, tmp_path, capsys):
+    """By name, and a scan of the same patient with them."""
+    _, work, _ = finished("sal")
+    folders = [foreign / "mr", foreign / "copies"]
+    _, run_ = pretraining_run("sal", phantom, work, tmp_path / "o", *folders)
+    capsys.readouterr()
+    pool = common.pretraining_slices(run_, run_.dataset)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"pre-training on {folders[0]}: 2 volumes, 12 slices; on average ")
+    assert said[1].startswith(f"pre-training on {folders[1]}: 1 volumes, ")
+    assert said[2].endswith("or of the same patient as one: again, secret_ED, secret_ES")
+    known = next(c for c in run_.cases if c.patient == run_.split["train"][0])
+    V = data.read_case(known, run_.cases).image.shape[1]
+    assert len(pool.numbers) == 12 + V
+    assert pool.depth.tolist() == [5] * 5 + [7] * 7 + [V] * V
+    assert pool.volume.tolist() == [0] * 5 + [1] * 7 + [2] * V
+    assert pool.slice.tolist() == [*range(5), *range(7), *range(V)]
+    assert pool.position[[0, 4, 5, 11]] == pytest.approx([.2, 1, 1 / 7, 1])
+    own = run_.dataset.of_patients(run_.split["train"])[:V]        # the same slices, in the order
+    assert torch.equal(pool.image(np.arange(12, 12 + V)), run_.dataset.image(own))     # asked for
+    mixed = np.array([12 + V - 1, 0, 12, 11])
+    want = [pool.image(np.array([n]))[0] for n in mixed]
+    assert torch.equal(pool.image(mixed), torch.stack(want))
+
+
+def test_share_outside_the_crop(finished, phantom, foreign, tmp_path, capsys):
+    """CT of 80 x 80 pixels of 4 mm, crop of 32 x 32 of 5 mm: 1 - 32^2 / 64^2 = 75 %."""
+    _, work, _ = finished("sal")
+    _, run_ = pretraining_run("sal", phantom, work, tmp_path / "o", foreign / "ct")
+    capsys.readouterr()
+    pool = common.pretraining_slices(run_, run_.dataset)
+    said = capsys.readouterr().out
+    assert "1 volumes, 6 slices; on average 75% of a volume lies outside the crop" in said
+    assert "32 x 32 pixels of 5.0 mm, at most 75%, CT" in said
+    # CT by its own window, not by percentiles as the MR of --data
+    v = data.read_case(run_.sources[0][0], run_.sources[0])
+    want = common.to_network(torch.from_numpy(data.normalise(v.image, "CT")).movedim(1, 0),
+                             v.spacing, 5., 32)
+    assert torch.allclose(pool.image(np.arange(6)), want, atol=1e-3)
+
+
+@PRETRAINING
+def test_what_pretraining_on_other_scans_reads(script, finished, phantom, foreign, tmp_path,
+                                               monkeypatch):
+    """Slices of the other folder, and of --data, if named, its training patients; no label."""
+    _, work, _ = finished("sal")
+    module, run_ = pretraining_run(script, phantom, work, tmp_path / "o", foreign / "mr", phantom)
+    read = {}
+    image = common.SliceDataset.image
+
+    def watched(self, numbers, device="cpu"):
+        names = [self.info["cases"][k]["patient"] for k in self.volume[numbers]]
+        read.setdefault(len(self.volume), set()).update(names)
+        return image(self, numbers, device)
+
+    monkeypatch.setattr(common.SliceDataset, "image", watched)
+    monkeypatch.setattr(common.SliceDataset, "label", None)
+    more = ()
+    if script == "macl":
+        o = run_.o
+        more = (common.prepare(run_.cases, o.spacing, o.pretrain_size, o.cache),)
+    start = module.pretrain(run_, *more)
+    assert start["options"]["pretrain_data"] == [str(foreign / "mr"), str(phantom)]
+    other = read.pop(12)
+    assert other <= {"a0", "a1"}
+    own = set.union(*read.values())
+    assert own
+    assert own <= set(run_.split["train"])
+
+
+def test_without_other_scans_the_pool_is_the_training_slices(finished, phantom, tmp_path):
+    _, work, _ = finished("sal")
+    words = ["--data", phantom, "--cache", work / "cache", "--out", tmp_path / "o"]
+    _, run_ = started("sal", *words)
+    d = run_.dataset
+    pool = common.pretraining_slices(run_, d)
+    assert torch.equal(pool.image(pool.numbers), d.image(run_.train))
+    for name in ("slice", "depth", "position"):
+        assert np.array_equal(getattr(pool, name), getattr(d, name)[run_.train])
+    same = d.volume[run_.train]
+    assert np.array_equal(pool.volume[:, None] == pool.volume, same[:, None] == same)
+
+
+def test_resume_with_other_scans(finished, phantom, foreign):
+    """The folders are a part of what the run is; resumed, it has the numbers of one go."""
+    _, work, _ = finished("sal")
+    words = ["--data", phantom, *options("sal"), "--out", "foreign", "--pretrain-data"]
+    done = run("sal", *words, foreign / "mr", foreign / "ct", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "on average" in done.stdout
+    used = json.loads((work / "foreign/options.json").read_text())
+    assert used["pretrain_data"] == [str(foreign / "mr"), str(foreign / "ct")]
+    table = per_volume(work / "foreign")
+    refused(run("sal", *words, foreign / "mr", "--resume", cwd=work), "run made with pretrain_")
+    (work / "foreign/pretrained.pt").unlink()
+    (work / "foreign/sal_n1_s0.pt").unlink()
+    done = run("sal", *words, foreign / "mr", foreign / "ct", "--resume", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert per_volume(work / "foreign") == table
+
+
+def test_other_scans_that_do_not_fit(finished, phantom, foreign, tmp_path):
+    out, work, _ = finished("sal")
+    for c in (0, 1):
+        save(tmp_path / f"two/imagesTr/x_000{c}.nii.gz", volume(c)[0])
+    info = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0}}
+    (tmp_path / "two/dataset.json").write_text(json.dumps(info))
+    leak = tmp_path / "leak/images"
+    leak.mkdir(parents=True)
+    shutil.copy(foreign / "copies/images/secret_ED.nii.gz", leak)
+
+    def go(*words):
+        here = ["--data", phantom, "--cache", work / "cache", "--out", tmp_path / "o"]
+        module, run_ = started("sal", *here, *words)
+        common.pretraining_slices(run_, run_.dataset)
+
+    for folders, why in [([tmp_path / "two"], "two: 2 channels, .* has 1"),
+                         ([tmp_path / "nothing"], "does not exist"),
+                         ([foreign / "mr", foreign / "ct/../mr"], "every folder once"),
+                         ([foreign / "mr", "--init", out / "pretrained.pt"], "with --init"),
+                         ([leak.parent], "nothing is left to pre-train on")]:
+        with pytest.raises(common.DataError, match=why):
+            go("--pretrain-data", *folders)
+
+
 # ------------------------------------------------------------------------- repeat, kill and resume
 
 
