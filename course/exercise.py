@@ -11,7 +11,6 @@ of tests/ on the scripts there. Exit code 0: all hold; 1: some do not; 2: bad us
 what. What there is stands in course.toml, with the planted bugs and so their answers.
 """
 import ast
-import contextlib
 import importlib
 import io
 import re
@@ -19,6 +18,7 @@ import shutil
 import sys
 import textwrap
 import tomllib
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -171,7 +171,7 @@ def is_ours(module):
     return module in SCRIPTS or module == "conftest" or module.startswith("test_")
 
 
-@contextlib.contextmanager
+@contextmanager
 def scripts_of(folder):
     """Inside, `import sal` and the like find the files of this folder, also in the tests."""
     kept = {name: module for name, module in sys.modules.items() if is_ours(name)}
@@ -234,7 +234,8 @@ def run_tests(folder, tests):
     import pytest                                                  # here: `start` needs no pytest
     watch = Watch()
     words = [str(ROOT / "tests" / test) for test in dict.fromkeys(tests)]
-    with scripts_of(folder), contextlib.redirect_stdout(io.StringIO()):
+    quiet = io.StringIO()                                          # what pytest itself prints
+    with scripts_of(folder), redirect_stdout(quiet), redirect_stderr(quiet):
         pytest.main([*words, "-q", "--capture=sys", "-p", "no:cacheprovider"], plugins=[watch])
     if watch.broken:
         raise CourseError(f"{shown(folder)}: the tests do not load with these scripts "

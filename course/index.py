@@ -40,12 +40,14 @@ def name_at(tree, number):
     return ""
 
 
-def places(script, tag):
-    """Where a tag, as "(9)" or "Fig. 2", stands in a script's notes: function and lines, linked."""
-    source = read(ROOT, script)
+def places(script, source, found, tag):
+    """Where a tag, as "(9)" or "Fig. 2", stands in a script's notes `found`: linked lines.
+
+    With the function in which they stand. Raises CourseError if the tag is nowhere.
+    """
     tree = ast.parse(source)
     by_name = {}
-    for number, text in notes(source):
+    for number, text in found:
         if re.search(rf"{re.escape(tag)}(?!\d)", text):
             name = name_at(tree, number)
             link = f"[{number}](../{script}.py#L{number})"
@@ -57,10 +59,13 @@ def places(script, tag):
 
 def index_of(paper):
     """The index of a paper, Markdown: what the code has, with its lines, and what it has not."""
+    script = paper["script"]
+    source = read(ROOT, script)
+    found = notes(source)
     lines = [paper["about"].strip(), "", "| of the paper | what it is | lines of the script |",
              "| --- | --- | --- |"]
     for label, tag, what in paper["has"]:
-        lines.append(f"| {label} | {what} | {places(paper['script'], tag)} |")
+        lines.append(f"| {label} | {what} | {places(script, source, found, tag)} |")
     lines += ["", "Not in the code:", ""]
     for label, why in paper["has_not"]:
         lines.append(f"- {label}: {why}")
