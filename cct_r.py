@@ -29,8 +29,9 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     point in each 3D volume" [paper, Fig. 2]. Ours: common place, through the best partner to the
     frame of the first labelled volume; from every other volume that the bank has the one feature
     whose place is nearest, if within 8 mm; these join the positives of the balanced contrast of no.
-    6, whose group are here the anchors themselves, half of them organ, of one network. The bank is
-    never a negative. So REPS is a group more and what joins it; `--radius .001` leaves the group.
+    6, whose group are here the anchors themselves, half of them organ, of one network, on labelled
+    slices alone at first as there. The bank is never a negative. So REPS is a group more and what
+    joins it: `--radius .001` leaves the group alone, a control.
  5. Cross teaching: Dice with the other's arg max, 0.1 exp(-5 (1 - t/T_r)^2), T_r = 3/4 of the steps
     [base]. In all losses of the two networks Dice of all classes, squared denominators [base]; in
     the baseline that of the other scripts: foreground, linear [ours].

@@ -373,7 +373,9 @@ class Pool:
     """The slices that pre-training draws from, of one dataset or of several, numbered from 0.
 
     parts: [(SliceDataset, numbers of its slices)], whole volumes in order. volume, slice, depth,
-    position [N] and `image` as in `SliceDataset`; numbers [N]: 0, 1, 2, ...
+    position [N] and `image` as in `SliceDataset`; numbers [N]: 0, 1, 2, ... Positions of the k-th
+    dataset have 2 k added, so that none is close to one of another set: half-way up a heart is not
+    half-way up an abdomen (ours).
     """
     def __init__(self, parts):
         def joined(name):
@@ -384,7 +386,7 @@ class Pool:
         self.inside = np.concatenate([n for _, n in parts])        # [N]: number in its dataset
         self.slice = joined("slice")
         self.depth = joined("depth")
-        self.position = joined("position")
+        self.position = joined("position").astype(float) + 2 * self.part
         self.volume = np.cumsum(self.slice == 0) - 1               # [N], counted through
         self.numbers = np.arange(len(self.part))
 
@@ -430,7 +432,8 @@ def pretraining_slices(run, dataset):
 
     Without --pretrain-data the training slices of --data. Else all of the folders named (of --data
     itself the training patients), less every patient of whom a scan has the voxels of a validation
-    or test case of --data, wherever it lies. Prints what came from where. Raises DataError.
+    or test case of --data, wherever it lies. Every slice counts the same, so a large set counts
+    more. Prints what came from where. Raises DataError.
     """
     o, split = run.o, run.split
     if not run.sources:
@@ -1260,10 +1263,10 @@ class Workers:
 
 def commit():
     """The commit of this repository, "and changes" where files were changed since; or unknown."""
-    here = Path(__file__).parent
+    git = ["git", "describe", "--always", "--abbrev=7", "--dirty= and changes"]
     try:
-        found = subprocess.run(["git", "describe", "--always", "--abbrev=7", "--dirty= and changes"],
-                               cwd=here, capture_output=True, text=True, check=True)
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True,
+                               check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()

@@ -51,8 +51,8 @@ there, or changed by us. What was measured: results/macl.md.
     1.25 mm [paper], width 32 [code].
  9. The paper's ACDC numbers are of transfer: pre-trained on CHD, 17 525 CT slices of 512 x 512,
     100 epochs, batch 16 on each of two GPUs. We pre-train on the training slices of the set that
-    is segmented [ours], or as the paper on others, `--pretrain-data`. SGD 0.1, cosine [paper], 0.01
-    [code]; AdamW 1e-3 [ours].
+    is segmented [ours], or as the paper on others with `--pretrain-data`; slices of two sets are
+    never positives [ours]. SGD 0.1, cosine [paper], 0.01 [code]; AdamW 1e-3 [ours].
 10. Weights taken: encoder and the k decoder blocks [paper]. Fine-tuning: Adam 5e-4 to 5e-6,
     cross-entropy, batch 5, 100 epochs [paper]; AdamW, cross-entropy + Dice [ours].
 11. The code's "test" list also picks the best epoch, and its Dice pools all pixels of that set.

@@ -45,9 +45,10 @@ published no code. The paper has three numbered equations, which could not be re
  8. Pre-training by AdamW 1e-3 with a cosine (PCL: SGD 0.1); fine-tuning by cross-entropy + Dice,
     AdamW, the encoder slower than the new decoder (PCL: cross-entropy, Adam 5e-5) [ours]. The
     encoder is loaded, the decoder starts from scratch [PCL].
- 9. PCL pre-trains on all frames of ACDC's cine scans, we on ED and ES. One pre-training serves all
-    seeds, so the spread over seeds is that of fine-tuning. The last checkpoint is scored; test
-    patients choose nothing [ours].
+ 9. PCL pre-trains on all frames of ACDC's cine scans, we on ED and ES, or on other sets with
+    `--pretrain-data`; slices of two sets are never positives. One pre-training serves all seeds, so
+    the spread over seeds is that of fine-tuning. The last checkpoint is scored; test patients
+    choose nothing [ours].
 
 Letters: B pairs in a batch, n = 2B views, C channels, h, w size of a feature map, S network size
 (S_i: slice i), V slices in a volume, i slice number, K classes; t threshold, r windows along a

@@ -1149,6 +1149,7 @@ def test_bad_options_of_cct_r(finished, phantom, tmp_path):
     assert "--atlases 0" in wrong("--atlases", 0)
     assert "--temperature" in wrong("--temperature", 0)
     assert "--block 99" in wrong("--block", 99)
+    assert "use 4 to 9" in wrong("--block", 10)                    # 9 // 2 of 4 coarse cells fit
     assert "--bank" in wrong("--bank", 0)
     assert "--stiffness" in wrong("--stiffness", -1)
     assert "--radius" in wrong("--radius", 0)

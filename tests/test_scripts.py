@@ -218,6 +218,11 @@ def test_copies_of_held_out_scans_are_left_out(finished, phantom, foreign, tmp_p
     assert pool.volume.tolist() == [0] * 5 + [1] * 7 + [2] * V
     assert pool.slice.tolist() == [*range(5), *range(7), *range(V)]
     assert pool.position[[0, 4, 5, 11]] == pytest.approx([.2, 1, 1 / 7, 1])
+    assert pool.position[[12, -1]] == pytest.approx([2 + 1 / V, 3])
+    close = common.is_close(pool.position, 1.)                     # within each folder alone
+    assert close[:12, :12].all()
+    assert close[12:, 12:].all()
+    assert not close[:12, 12:].any()
     own = run_.dataset.of_patients(run_.split["train"])[:V]        # the same slices, in the order
     assert torch.equal(pool.image(np.arange(12, 12 + V)), run_.dataset.image(own))     # asked for
     mixed = np.array([12 + V - 1, 0, 12, 11])
