@@ -312,3 +312,11 @@ def test_a_moved_line_is_noticed(tmp_path, monkeypatch, capsys):
     assert index.main([]) == 0
     assert index.main(["--check"]) == 0
     assert (root / "results/macl.md").read_text() == (ROOT / "results/macl.md").read_text()
+
+
+def test_links_of_the_course_lead_somewhere():
+    page = ROOT / "course/README.md"
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    assert len(links) > 0
+    for link in links:
+        assert (page.parent / link).exists(), link
