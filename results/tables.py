@@ -283,7 +283,7 @@ def main(words):
         return
     for page in pages():
         page.write_text(rewritten(page))
-    if dice_by_steps("scratch"):
+    if dice_by_steps("scratch") and dice_by_steps("pix2rep"):
         draw_length(HERE / "figures/length.png")
 
 
