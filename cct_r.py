@@ -145,7 +145,6 @@ def check(run):
     common.refuse([
         (min(o.labelled_batch, o.unlabelled_batch) < 1,
          "--labelled-batch and --unlabelled-batch must be 1 or more"),
-        (o.base_views and o.scratch, "--scratch: those rows have other views than --base-views"),
         (o.swin_dim < 6 or o.swin_dim % 6,
          f"--swin-dim {o.swin_dim}: use a multiple of 6, for its three heads and two halves"),
         (o.window < 2, f"--window {o.window}: use 2 or more"),

@@ -763,7 +763,7 @@ def load_checkpoint(path, method=None, options=None):
         raise DataError(f"{path}: checkpoint of {kind}, not of {method}; "
                         f"use {kind}'s script or another file")
     for key, value in (options or {}).items():
-        if made.get(key) != value:
+        if made.get(key, False) != value:                          # a flag that was not there: off
             raise DataError(f"{path}: made with {key} = {made.get(key)}, now {value}; "
                             "use the same options or another --out")
     return content
@@ -790,7 +790,7 @@ FREE = {"resume", "device", "cache", "out", "predict", "checkpoint", "scratch", 
 
 # What the row "scratch" depends on, in every script; with equal ones it can be read by --scratch.
 BASELINE = ["data", "cases", "split", "precision", "width", "depth", "spacing", "size", "steps",
-            "batch", "lr", "rotation"]
+            "batch", "lr", "rotation", "base_views"]
 
 
 def _add_run_options(group, method):
@@ -946,6 +946,7 @@ class Run:
             o.spacing = spacing if o.spacing is None else o.spacing
             o.size = size if o.size is None else o.size
         o.depth = getattr(o, "depth", 4)                           # not all scripts ask
+        o.base_views = getattr(o, "base_views", False)
         who = [[case.name, case.patient, bool(case.label)] for case in self.cases]
         o.cases = digest([who, self.split])                        # other scans: another run
         self.check()

@@ -399,6 +399,15 @@ def test_scratch_of_other_patients_is_refused(finished, phantom, tmp_path):
     refused(run("sal", *words, "--out", "q", cwd=work), "trained on somebody", "--scratch")
 
 
+def test_scratch_of_other_views_is_refused(finished, phantom):
+    """--base-views changes the baseline, so a row made with it is not the other scripts' row."""
+    _, work, _ = finished("sal")
+    words = ["--data", phantom, *options("cct_r"), "--base-views", "--rows", "scratch"]
+    assert run("cct_r", *words, "--out", "views", cwd=work).returncode == 0
+    words = ["--data", phantom, *options("sal"), "--batch", 8, "--scratch", "views"]
+    refused(run("sal", *words, "--out", "v", cwd=work), "made with base_views = True")
+
+
 # ------------------------------------------------------------------------------------ new volumes
 
 
