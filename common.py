@@ -918,8 +918,9 @@ class Run:
 
     def place(self, net):
         """The network on the run's device, its convolutions' channels last (see channels_last)."""
-        net = net.to(self.device)
-        return net if self.device.type == "mps" else net.to(memory_format=torch.channels_last)
+        if self.device.type == "mps":
+            return net.to(self.device)
+        return net.to(self.device, memory_format=torch.channels_last)
 
     def log(self, phase, **values):
         """Append one JSON line to log.jsonl; tensors are read. DataError if one is not finite."""
