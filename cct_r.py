@@ -1393,10 +1393,10 @@ def pair_row(run, registered, u, n):
 
 def registrations(run):
     """{n: what registration knows with the first n labelled patients}, computed or read."""
-    begun = time.time()
+    begun = common.clock(run.device)
     registered = {n: Registered(run, n) for n in sorted(run.o.labelled)}
     if not run.o.claims:                                           # a worker's parent has done this
-        run.log("registration", seconds=time.time() - begun)
+        run.log("registration", seconds=common.clock(run.device) - begun)
         write_registrations(run, registered[max(run.o.labelled)])
     return registered
 

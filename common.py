@@ -564,8 +564,11 @@ def random_slices(numbers, n):
 
 
 def channels_last(x):
-    """The same tensor with its channels last in memory, which is faster for convolutions."""
-    return x.contiguous(memory_format=torch.channels_last)
+    """The same tensor with its channels last in memory, which is faster for convolutions.
+
+    Left as it is on mps, where the backward pass of batch normalisation is wrong for it (2.13).
+    """
+    return x if x.device.type == "mps" else x.contiguous(memory_format=torch.channels_last)
 
 
 def labelled_batch(run, numbers, n):
@@ -813,7 +816,8 @@ def _add_run_options(group, method):
         "finished run of any method; train those that it does not have")
     add("--predict", nargs="+", metavar="IMAGE", help="segment these NIfTI files into --out")
     add("--checkpoint", metavar="FILE", help="the network for --predict")
-    add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
+    add("--device", default="auto", help="auto (cuda, else cpu), cuda, cuda:1, mps or cpu "
+        "[%(default)s]")
     add("--precision", choices=["float32", "bfloat16"], default="float32",
         help="bfloat16: convolutions under autocast, twice as fast where the processor has it "
         "[%(default)s]")
@@ -894,15 +898,55 @@ def refuse(problems):
 
 
 def pick_device(name="auto"):
-    """The torch device: cuda, else mps, else cpu; or the one named, if it is there (DataError)."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    found = [k for k, yes in there.items() if yes]
+    """The torch device: cuda, else cpu; or the one named, if it is there (DataError).
+
+    mps is taken only where it is named: nobody has run these scripts on it.
+    """
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(),
+             "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
-        return torch.device(found[0])
-    if name.split(":")[0] not in found:
+        name = "cuda" if there["cuda"] else "cpu"
+    kind, _, number = name.partition(":")
+    known = not number or (number.isascii() and number.isdigit())
+    if not known or int(number or 0) >= there.get(kind, 0):
+        found = [k for k, n in there.items() if n]
+        found += [f"cuda:{n}" for n in range(1, there["cuda"])]
         raise DataError(f"--device {name}: not available here; use one of {', '.join(found)}")
-    return torch.device(name)
+    return torch.device("cuda:0" if name == "cuda" else name)      # as its tensors say
+
+
+def emulates_bfloat16(device):
+    """Whether the device is a GPU that has no bfloat16 of its own and would be slower with it."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def clock(device):
+    """The time in seconds, once the device has done what it was given.
+
+    A GPU works on after the call that gave it something to do has returned.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return time.time()
+
+
+def peak_memory(device):
+    """The most memory that was in use so far: {"peak_memory_mb"}, on a GPU "peak_gpu_memory_mb".
+
+    MB of 2^20 bytes, of this process, or of the largest of its --workers that have ended.
+    """
+    unit = 1024 if platform.system() == "Linux" else 1024 ** 2     # of ru_maxrss: KiB, or bytes
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    most = max(resource.getrusage(who).ru_maxrss for who in both)
+    memory = {"peak_memory_mb": round(most / unit)}
+    if device.type == "cuda":
+        memory["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    return memory
 
 
 # ------------------------------------------------------------------------------------------ a run
@@ -933,6 +977,7 @@ class Run:
         """
         self.o = o
         self.device = pick_device(o.device)
+        torch.backends.cudnn.deterministic = True                  # of a GPU's convolutions
         self.dtype = getattr(torch, o.precision)
         self.root = Path(o.data) if o.data else Path(o.cache) / f"phantom-{PHANTOM_VERSION}"
         if not o.data and not self.root.exists():
@@ -985,6 +1030,8 @@ class Run:
              "--steps, --save-every, --batch, --workers and --labelled must be 1 or more"),
             (o.scratch and not Path(o.scratch).is_dir(),
              f"--scratch {o.scratch}: is not the folder of a run"),
+            (o.precision == "bfloat16" and emulates_bfloat16(self.device),
+             f"--precision bfloat16: {self.device} only emulates it; use float32"),
         ])
 
     def unet(self, classes=None):
@@ -1020,13 +1067,17 @@ class Run:
         for n in o.labelled:
             print(f"{n} of {len(split['labelled'])} labelled: {' '.join(self.patients(n))}")
         print(f"options {self.kept()}\non {self.device}, {torch.get_num_threads()} threads")
+        if self.device.type != "cpu":
+            print("a GPU repeats a run nearly, not to the last digit: its sums have no fixed order")
 
     def autocast(self):
         """The context in which networks run: float32, or bfloat16 with --precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, net):
-        """The network on the run's device, its convolutions' channels last."""
+        """The network on the run's device, its convolutions' channels last (see channels_last)."""
+        if self.device.type == "mps":
+            return net.to(self.device)
         return net.to(self.device, memory_format=torch.channels_last)
 
     def log(self, phase, **values):
@@ -1051,7 +1102,7 @@ class Run:
         path = self.out / ("pretraining.pt" if phase == "pretrain" else "finetuning.pt")
         if self.o.claims:                                          # other workers train other rows
             path = self.out / f"finetuning_{phase}.pt"
-        begun = time.time()
+        begun = clock(self.device)
         first = 0
         if self.o.resume and path.exists():
             state = load_checkpoint(path, self.o.method, self.kept())
@@ -1064,9 +1115,9 @@ class Run:
                 sys.exit(1)
             if (step + 1) % self.o.save_every == 0 or step == total - 1:
                 save_checkpoint(path, method=self.o.method, options=self.kept(), phase=phase,
-                                seconds=time.time() - begun,
+                                seconds=clock(self.device) - begun,
                                 **training_state(step + 1, modules, optimiser))
-        self.seconds = time.time() - begun
+        self.seconds = clock(self.device) - begun
         self.log(phase, seconds=self.seconds)
 
     def pretrained(self):
@@ -1152,7 +1203,7 @@ class Run:
         others: networks scored beside it, as Swin=...
         """
         nets = {"": net, **others}
-        begun = time.time()
+        begun = clock(self.device)
         content = {"rows": {k: score(v, self) for k, v in nets.items()},
                    "patients": self.patients(row.labelled),
                    "method": self.o.method, "row": row.method, "options": self.kept(),
@@ -1160,7 +1211,7 @@ class Run:
                    "modality": self.cases.modality, "unet": net.state_dict(),
                    **{k: v.state_dict() for k, v in others.items()}}
         save_checkpoint(self.out / f"{row.name}.pt", **content)
-        scoring = time.time() - begun
+        scoring = clock(self.device) - begun
         self.log(row.name, seconds=self.seconds + scoring, seconds_scoring=scoring)
         if self.o.claims:
             (self.out / f"finetuning_{row.name}.pt").unlink(missing_ok=True)
@@ -1370,15 +1421,11 @@ def without_nan(x):
 
 def write_results(run):
     """metrics.json and per_volume.csv from all rows that are done."""
-    unit = 1024 if platform.system() == "Linux" else 1024 ** 2     # of ru_maxrss: KiB, or bytes
-    used = [resource.getrusage(who).ru_maxrss
-            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    memory = max(used) / unit                                      # of one process
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__}
     metrics = {"rule": RULE, "classes": run.classes, "rows": run.runs, "summary": run.summary,
                "gains": run.gains, "seconds": seconds_by_phase(run.out),
-               "peak_memory_mb": round(memory), "versions": versions}
+               **peak_memory(run.device), "versions": versions}
     write_atomic(run.out / "metrics.json", json.dumps(without_nan(metrics), indent=1))
     write_csv(run.out / "per_volume.csv", run.volume_rows)
 

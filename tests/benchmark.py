@@ -39,6 +39,7 @@ import data
 import macl
 import pix2rep
 import sal
+from common import clock
 
 WARM_UP = 3                                                        # steps that are not counted
 
@@ -64,13 +65,6 @@ def opened(setup, script, *words):
 
 
 # ----------------------------------------------------------------------------------------- clocks
-
-
-def clock(device):
-    """The time in seconds, once the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def seconds_in_loop(setup, run, train, functions, rest="forward, losses"):

@@ -697,7 +697,7 @@ def refuse_constant(name):
 def test_metrics_json_has_no_nan(tmp_path):
     row = common.run_row(common.Row("scratch", 1, 0), ["p"], [score_line("a", "RV", nan, nan)])
     run = SimpleNamespace(out=tmp_path, classes=["background", "RV"], runs=[row], volume_rows=[],
-                          summary=[{"std": nan}], gains=[])
+                          summary=[{"std": nan}], gains=[], device=torch.device("cpu"))
     (tmp_path / "log.jsonl").write_text('{"phase": "pretrain", "seconds": 3}\n')
     common.write_results(run)
     text = (tmp_path / "metrics.json").read_text()
