@@ -70,7 +70,6 @@ the bank, N slices of a dataset, t of T steps.
 import hashlib
 import json
 import math
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -148,6 +147,7 @@ def check(run):
         (o.swin_dim < 6 or o.swin_dim % 6,
          f"--swin-dim {o.swin_dim}: use a multiple of 6, for its three heads and two halves"),
         (o.window < 2, f"--window {o.window}: use 2 or more"),
+        (nothing_on(o) and o.init, "--init: with all four parts off this is scratch; drop one"),
         (o.atlases < 1, f"--atlases {o.atlases}: use 1 or more"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (o.block < 4 or o.block // 2 > o.size // 8,
@@ -1405,7 +1405,8 @@ def write_registrations(run, registered):
     """registration.csv, a line a pair; printed: means over all pairs, and over BRS's partners."""
     pairs = [(u, n) for u, n in registered.pairs if u != n]
     rows = [pair_row(run, registered, u, n) for u, n in pairs]
-    taken = [row for row, (u, n) in zip(rows, pairs) if registered.partners(u)[0] == n]
+    taken = [row for row, (u, n) in zip(rows, pairs)
+             if u not in registered.labelled and registered.partners(u)[0] == n]
     columns = dict.fromkeys(k for row in rows for k in row)        # not all volumes have a Dice
     table = [{k: row.get(k, "") for k in columns} for row in rows]
     common.write_csv(run.out / "registration.csv", table)

@@ -249,7 +249,7 @@ def to_native(probs, shape, spacing, target):
 
 # -------------------------------------------------------------------------------- prepared slices
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 
 class SliceDataset:
@@ -296,9 +296,11 @@ def digest(content):
 def voxel_digest(image):
     """Sixteen letters that stand for the voxels of a scan, in whatever file and order they are.
 
-    So a copy that was compressed anew, stored as another type, turned or flipped has the same.
+    How often each grey value occurs, from the darkest on: so a copy that was compressed anew,
+    stored as another type, turned, flipped or scaled has the same; one that was resampled has not.
     """
-    return hashlib.sha1(np.sort(image, axis=None)).hexdigest()[:16]
+    _, counts = np.unique(image, return_counts=True)
+    return hashlib.sha1(counts.astype(np.int64)).hexdigest()[:16]
 
 
 def prepare(cases, target, size, cache):
@@ -420,7 +422,7 @@ def find_sources(run):
                             "leave it out of --pretrain-data")
         if not own:                                                # labels are neither read nor
             cases[:] = [replace(case, label=None) for case in cases]       # missed
-            cases.warnings = [w for w in cases.warnings if "label" not in w]
+            cases.warnings = [w for w in cases.warnings if " label" not in w]
         sources.append(cases)
     if paths:
         run.o.pretrain_cases = digest([[case.name for case in cases] for cases in sources])
@@ -432,16 +434,15 @@ def pretraining_slices(run, dataset):
 
     Without --pretrain-data the training slices of --data. Else all of the folders named (of --data
     itself the training patients), less every patient of whom a scan has the voxels of a validation
-    or test case of --data, wherever it lies. Every slice counts the same, so a large set counts
+    or test case of --data, wherever it lies, or whose name is that of such a patient: a copy that
+    was resampled and renamed is not recognised. Every slice counts the same, so a large set counts
     more. Prints what came from where. Raises DataError.
     """
     o, split = run.o, run.split
     if not run.sources:
         return Pool([(dataset, run.train)])
-    held_out = set()
-    for case in dataset.info["cases"]:
-        if case["patient"] in split["val"] + split["test"]:
-            held_out.add(case["voxels"])
+    held_out = set(split["val"] + split["test"])                   # patients
+    voxels = {c["voxels"] for c in dataset.info["cases"] if c["patient"] in held_out}
     parts = []
     for path, cases in zip(o.pretrain_data, run.sources):
         source = dataset
@@ -449,7 +450,8 @@ def pretraining_slices(run, dataset):
         if cases is not run.cases:
             source = prepare(cases, o.spacing, dataset.info["size"], o.cache)
             patients = {case.patient for case in cases}
-        copies = {c["patient"] for c in source.info["cases"] if c["voxels"] in held_out}
+        copies = {c["patient"] for c in source.info["cases"]
+                  if c["voxels"] in voxels or c["patient"] in held_out}
         numbers = source.of_patients(patients - copies)
         if len(numbers) == 0:
             raise DataError(f"{path}: nothing is left to pre-train on; "
@@ -1001,7 +1003,8 @@ class Run:
         self.runs = []                                             # rows of metrics.json
         self.volume_rows = []                                      # rows of per_volume.csv
         self.seconds = 0.                                          # of the last training loop
-        self.parent = os.getppid()                                 # the process that started this
+        if o.claims:                                               # of a worker: its parent's
+            self.parent = int(Path(o.claims).name.split("-")[1])
 
     def check(self):
         """Fit the default --labelled to the data; refuse what is impossible. Raises DataError."""
@@ -1058,6 +1061,8 @@ class Run:
             self.out = Path(o.out)
             return
         self.out = start_run(o.out, vars(o), o.resume)
+        self.begun = clock(self.device)
+        self.note_start()
         print(f"{self.root}: {self.cases.layout}, {len(self.cases)} volumes, "
               f"{len(self.dataset.volume)} slices, classes {', '.join(self.classes)}")
         for warning in scan_warnings(self.cases, self.dataset):
@@ -1069,6 +1074,16 @@ class Run:
         print(f"options {self.kept()}\non {self.device}, {torch.get_num_threads()} threads")
         if self.device.type != "cpu":
             print("a GPU repeats a run nearly, not to the last digit: its sums have no fixed order")
+
+    def note_start(self):
+        """Add a line to run.txt: commit, command, machine; a run that ends adds its minutes."""
+        o, path = self.o, self.out / "run.txt"
+        before = path.read_text() if path.exists() else ""
+        typed = " ".join(map(str, o.arguments))
+        workers = f", {o.workers} workers" if o.workers > 1 else ""
+        self.started = f"{before}commit {commit()}; python {o.method}.py {typed}; "
+        self.started += machine(self.device) + workers
+        write_atomic(path, self.started + "\n")
 
     def autocast(self):
         """The context in which networks run: float32, or bfloat16 with --precision."""
@@ -1099,9 +1114,8 @@ class Run:
 
         phase: "pretrain" or the name of a row. modules: all that has weights or state.
         """
-        path = self.out / ("pretraining.pt" if phase == "pretrain" else "finetuning.pt")
-        if self.o.claims:                                          # other workers train other rows
-            path = self.out / f"finetuning_{phase}.pt"
+        name = "pretraining.pt" if phase == "pretrain" else f"finetuning_{phase}.pt"
+        path = self.out / name
         begun = clock(self.device)
         first = 0
         if self.o.resume and path.exists():
@@ -1156,7 +1170,7 @@ class Run:
                 if wanted and self.finished(row) is None and claim(self.o.claims, row):
                     yield row
                 continue
-            if workers and wanted:
+            if workers and wanted and self.shared(row) is None:
                 workers.wait(self.out / f"{row.name}.pt")
             content = self.finished(row)
             if content is not None:
@@ -1213,9 +1227,8 @@ class Run:
         save_checkpoint(self.out / f"{row.name}.pt", **content)
         scoring = clock(self.device) - begun
         self.log(row.name, seconds=self.seconds + scoring, seconds_scoring=scoring)
-        if self.o.claims:
-            (self.out / f"finetuning_{row.name}.pt").unlink(missing_ok=True)
-        else:
+        (self.out / f"finetuning_{row.name}.pt").unlink(missing_ok=True)   # it is done
+        if not self.o.claims:
             self.collect(row, content)
 
     def collect(self, row, content):
@@ -1253,9 +1266,8 @@ class Run:
         o = self.o
         draw_dice_curve(self.summary, self.out / "figures/dice.png")
         seconds = sum(seconds_by_phase(self.out).values())
-        typed = " ".join(o.arguments)
-        write_atomic(self.out / "run.txt", f"commit {commit()}; python {o.method}.py {typed}; "
-                     f"{machine(self.device)}; {seconds / 60:.0f} min\n")
+        minutes = (clock(self.device) - self.begun) / 60
+        write_atomic(self.out / "run.txt", f"{self.started}; {minutes:.0f} min\n")
         print(f"\n{table(self.summary, self.gains, self.classes)}\n{RULE}.\n"
               f"{len(self.split[o.split])} {o.split} patients, mean ± std over {len(o.seeds)} "
               f"seeds; gain over scratch in Dice points; {seconds:.0f} s. Results in {self.out}/\n"
@@ -1281,7 +1293,7 @@ class Workers:
         threads = max(1, torch.get_num_threads() // N)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
         script = Path(__file__).with_name(f"{run.o.method}.py")
-        self.claims = tempfile.TemporaryDirectory()
+        self.claims = tempfile.TemporaryDirectory(prefix=f"rows-{os.getpid()}-")
         command = [sys.executable, script, *run.o.arguments, "--resume"]
         command += ["--claims", self.claims.name]
         print(f"{N} workers, {threads} threads each", flush=True)

@@ -101,7 +101,8 @@ OPTIONS = [
 def check(run):
     """Fill in t, which depends on the data, and refuse impossible options. Raises DataError."""
     o = run.o
-    by_data = .35 if run.cases.layout == "ACDC" else .1            # ACDC: |i-j| <= 3 of 10 slices
+    layouts = {cases.layout for cases in run.sources or [run.cases]}       # pre-trained on
+    by_data = .35 if layouts == {"ACDC"} else .1                   # ACDC: |i-j| <= 3 of 10 slices
     if o.threshold is None:
         o.threshold = by_data
     if o.threshold_la is None:
@@ -117,6 +118,8 @@ def check(run):
          "--weight-gp --weight-la --weight-u: use 0 or more"),
         (o.weight_gp == o.weight_la == 0,
          "--weight-gp 0 --weight-la 0: nothing of the paper is left to train; drop one of them"),
+        (o.spare_matches and not (o.weight_la and o.weight_u),
+         "--spare-matches: spares LA's matches from L_U, so it needs both --weight-la and -u"),
         (not 0 < o.threshold <= 1,
          f"--threshold {o.threshold}: use a share of the volume's length in (0, 1]"),
         (not 0 < o.threshold_la <= 1,

@@ -63,21 +63,34 @@ def comparable(runs):
                 raise RunError(f"{run['name']}: {name} differs from that of {first['name']}")
 
 
-def by_patient(run, method, labelled):
-    """{patient: Dice}, the mean over classes of the mean over a patient's volumes and seeds."""
-    scores = {}
+def scores(run, method, labelled):
+    """{(patient, class, case, seed): Dice} of this method and number of patients."""
+    dice = {}
     for line in run["volumes"]:
         if (line["method"], int(line["labelled"])) == (method, labelled) and line["dice"] != "nan":
-            of_patient = scores.setdefault(line["patient"], {})
-            of_patient.setdefault(line["class"], []).append(float(line["dice"]))
-    return {p: np.mean([np.mean(v) for v in c.values()]) for p, c in scores.items()}
+            key = (line["patient"], line["class"], line["case"], line["seed"])
+            dice[key] = float(line["dice"])
+    return dice
+
+
+def by_patient(gain):
+    """{patient: mean} of {(patient, class, ...): value}: over volumes and seeds, then classes."""
+    values = {}
+    for (patient, name, *_), value in gain.items():
+        values.setdefault(patient, {}).setdefault(name, []).append(value)
+    return {p: np.mean([np.mean(v) for v in c.values()]) for p, c in values.items()}
 
 
 def interval(run, method, labelled):
-    """(lowest, highest) gain over scratch in Dice points, 95 %, patients drawn anew."""
-    ours = by_patient(run, method, labelled)
-    base = by_patient(run, "scratch", labelled)
-    gain = np.array([100 * (ours[p] - base[p]) for p in sorted(ours)])
+    """(lowest, highest) gain over scratch in Dice points, 95 %, patients drawn anew.
+
+    Of the volumes, classes and seeds that both have a score of.
+    """
+    ours = scores(run, method, labelled)
+    base = scores(run, "scratch", labelled)
+    pairs = {key: 100 * (ours[key] - base[key]) for key in ours.keys() & base.keys()}
+    of_patient = by_patient(pairs)
+    gain = np.array([of_patient[p] for p in sorted(of_patient)])
     draws = np.random.default_rng(0).integers(0, len(gain), (10_000, len(gain)))
     return np.percentile(gain[draws].mean(1), (2.5, 97.5))
 
@@ -148,8 +161,10 @@ def commands(names):
     """The command, commit, machine and minutes of each run, a line each."""
     lines = []
     for name in names:
-        commit, command, machine, minutes = read_text(HERE / "runs" / name / "run.txt").split("; ")
-        lines.append(f"- `{command}` ({commit}; {machine}; {minutes.strip()})")
+        for line in read_text(HERE / "runs" / name / "run.txt").splitlines():
+            commit, command, machine, *minutes = line.split("; ")
+            time = minutes[0] if minutes else "killed"
+            lines.append(f"- `{command}` ({commit}; {machine}; {time})")
     return "\n".join(lines) + "\n"
 
 
@@ -234,14 +249,17 @@ def draw_length(path):
 
 
 def keep(folder):
-    """Copy the small files of a finished run to results/runs/, without the path of its data."""
+    """Copy the small files of a finished run to results/runs/, paths of data as path/to/NAME."""
     options = read_run(folder)["options"]
     kept = HERE / "runs" / folder.name
     kept.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        text = read_text(folder / name)
-        if options["data"]:
-            text = text.replace(options["data"], f"path/to/{Path(options['data']).name}")
+    texts = {name: read_text(folder / name) for name in KEPT}
+    for path in [options["data"], *options.get("pretrain_data", [])]:
+        if path:                                                   # None: the phantom
+            short = f"path/to/{Path(path).name}"
+            texts["options.json"] = texts["options.json"].replace(f'"{path}"', f'"{short}"')
+            texts["run.txt"] = texts["run.txt"].replace(f" {path} ", f" {short} ")
+    for name, text in texts.items():
         (kept / name).write_text(text)
 
 

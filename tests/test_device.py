@@ -115,6 +115,7 @@ def pretend_gpu():
     with (mock.patch("torch.cuda._lazy_init"),
           mock.patch("torch.cuda.device_count", return_value=1),
           mock.patch("torch.cuda.max_memory_allocated", return_value=3 * 2 ** 20),
+          mock.patch("torch.cuda.get_device_name", return_value="a pretend GPU"),
           mock.patch("torch.cuda.synchronize") as synchronize,
           PretendMode()):
         try:
@@ -146,18 +147,18 @@ def test_the_pretend_gpu_takes_and_refuses_what_cuda_does():
 
 
 def rows_of(folder):
-    """The rows of metrics.json with one labelled patient and seed 0."""
-    rows = json.loads((folder / "metrics.json").read_text())["rows"]
-    return [r for r in rows if (r["labelled"], r["seed"]) == (1, 0)]
+    """The rows of metrics.json."""
+    return json.loads((folder / "metrics.json").read_text())["rows"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_whole_run_on_the_pretend_gpu(script, finished, phantom, tmp_path):
+def test_a_whole_run_on_the_pretend_gpu(script, phantom, tmp_path):
     """Pre-train, register, fine-tune, score, draw, predict: the CPU's numbers to the last digit."""
-    out, _, _ = finished(script)
     module = importlib.import_module(script)
     image = str(next(phantom.glob("imagesTr/*.nii.gz")))
     words = ["--data", str(phantom), *options(script), "--cache", str(tmp_path / "cache")]
+    words += ["--steps", "6"]
+    module.main([*words, "--out", str(tmp_path / "c"), "--device", "cpu"])
     network = str(tmp_path / f"o/{script}_n1_s0.pt")
     predict = ["--predict", image, "--checkpoint", network, "--out"]
     with pretend_gpu() as synchronize:
@@ -165,7 +166,7 @@ def test_a_whole_run_on_the_pretend_gpu(script, finished, phantom, tmp_path):
         assert synchronize.call_count > 0                          # no time is read before
         module.main([*predict, str(tmp_path / "gpu")])
     module.main([*predict, str(tmp_path / "cpu"), "--device", "cpu"])
-    assert rows_of(tmp_path / "o") == rows_of(out)
+    assert rows_of(tmp_path / "o") == rows_of(tmp_path / "c")
     metrics = json.loads((tmp_path / "o/metrics.json").read_text())
     assert metrics["peak_gpu_memory_mb"] == 3
     labels = []
@@ -177,8 +178,8 @@ def test_a_whole_run_on_the_pretend_gpu(script, finished, phantom, tmp_path):
 
 def weight_on_the_cpu(loss):
     """The same loss, weighted by a tensor that was made on the CPU."""
-    def spoiled(*arguments):
-        return (loss(*arguments) * torch.ones(1)).sum()
+    def spoiled(*arguments, **named):
+        return (loss(*arguments, **named) * torch.ones(1)).sum()
     return spoiled
 
 

@@ -438,12 +438,12 @@ def test_unlabelled_slices_count_for_the_teacher_only(begun):
 
 
 def test_a_teacher_is_kept_only_where_there_is_one(begun):
-    """finetuning.pt has the student, and with Mean Teacher the teacher as well, who is frozen."""
+    """The file of a row has the student, and with Mean Teacher the teacher as well, who is frozen."""
     run_ = begun()
     nets = {}
     for method, modules in (("scratch", 1), ("scratch-mt", 2)):
         nets[method] = pix2rep.finetune(run_, Row(method, 1, 0))
-        state = common.load_checkpoint(run_.out / "finetuning.pt")
+        state = common.load_checkpoint(run_.out / f"finetuning_{method}_n1_s0.pt")
         assert len(state["modules"]) == modules
     assert all(p.requires_grad for p in nets["scratch"].parameters())
     assert not any(p.requires_grad for p in nets["scratch-mt"].parameters())
@@ -468,7 +468,7 @@ def test_a_probe_and_a_teacher_go_on_in_the_middle(method, begun, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common, "save_checkpoint", save_and_stop)
         train(run_, row)
-    assert common.load_checkpoint(run_.out / "finetuning.pt")["step"] == 2
+    assert common.load_checkpoint(run_.out / f"finetuning_{row.name}.pt")["step"] == 2
     run_.o.resume = True
     assert same_weights(train(run_, row).state_dict(), whole.state_dict())
 

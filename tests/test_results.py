@@ -73,12 +73,17 @@ def test_gain_and_interval_by_hand():
         for method, dice in (("scratch", .5), ("sal", .5 + gain)):
             for seed, away in ((0, -.05), (1, .05)):               # seeds are averaged
                 volumes.append({"method": method, "labelled": "1", "seed": str(seed),
-                                "patient": patient, "class": "RV", "dice": str(dice + away)})
+                                "patient": patient, "case": patient, "class": "RV",
+                                "dice": str(dice + away)})
             volumes.append({"method": method, "labelled": "1", "seed": "0", "patient": patient,
-                            "class": "LV", "dice": "nan"})         # absent: left out
+                            "case": patient, "class": "LV", "dice": "nan"})        # left out
     run = {"volumes": volumes}
-    assert tables.by_patient(run, "sal", 1) == pytest.approx({"a": .6, "b": .8})
     assert tables.interval(run, "sal", 1) == pytest.approx([10, 30])
+    volumes.append({**volumes[0], "seed": "2", "dice": ".1"})      # a seed that scratch alone has
+    volumes.append({**volumes[-1], "method": "sal", "seed": "3"})  # and one that it has not
+    assert tables.interval(run, "sal", 1) == pytest.approx([10, 30])
+    gain = {("a", "RV", "ED", "0"): 1., ("a", "RV", "ES", "0"): 3., ("a", "LV", "ED", "0"): 6.}
+    assert tables.by_patient(gain) == {"a": 4.}                    # volumes first, then classes
 
 
 def test_means_of_the_kept_runs_follow_from_their_volumes():

@@ -196,7 +196,10 @@ def foreign(phantom, tmp_path_factory):
     shutil.copy(here / f"{split['train'][0]}_ED.nii.gz", copies / "known.nii.gz")
     native = nib.load(here / f"{split['val'][0]}_ES.nii.gz")
     turned = np.asarray(native.dataobj).astype(np.float32)[::-1]   # and its header does not say so
+    turned = turned / turned.max()                                 # scaled as well
     nib.save(nib.Nifti1Image(turned, native.affine), copies / "again.nii")
+    other = volume(9, (40, 30, 5))[0]                              # resampled, say: by its name
+    save(copies / f"{split['test'][0]}_ED.nii.gz", other, (5, 5, 8))
     return root
 
 
@@ -216,7 +219,9 @@ def test_copies_of_held_out_scans_are_left_out(finished, phantom, foreign, tmp_p
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"pre-training on {folders[0]}: 2 volumes, 12 slices; on average ")
     assert said[1].startswith(f"pre-training on {folders[1]}: 1 volumes, ")
-    assert said[2].endswith("or of the same patient as one: again, secret_ED, secret_ES")
+    namesake = f"{run_.split['test'][0]}_ED"
+    assert said[2].endswith(f"or of the same patient as one: again, {namesake}, secret_ED, "
+                            "secret_ES")
     known = next(c for c in run_.cases if c.patient == run_.split["train"][0])
     V = data.read_case(known, run_.cases).image.shape[1]
     assert len(pool.numbers) == 12 + V
@@ -351,7 +356,7 @@ def test_kill_and_resume(script, finished, phantom):
     killed = work / f"killed_{script}"
     deaths = 0
     first = "options.json" if script == "cct_r" else "pretraining.pt"
-    for target in [first, "finetuning.pt", f"{script}_n1_s1.pt", None]:
+    for target in [first, f"finetuning_{script}_n1_s0.pt", f"{script}_n1_s1.pt", None]:
         resume = ["--resume"] if killed.exists() else []
         before = written(killed)
         process = subprocess.Popen(command(script, *words, *resume), cwd=work,

@@ -7,6 +7,9 @@ import time
 import pytest
 from conftest import command, options, refused, run
 
+import common
+import sal
+
 WORDS = ["--labelled", 1, 2, "--seeds", 0, 1]
 
 
@@ -45,6 +48,14 @@ def test_workers_killed_and_resumed(finished, phantom):
     done = run("sal", *words, "--workers", 2, "--resume", cwd=work)
     assert done.returncode == 0, done.stderr
     assert (killed / "per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
+
+
+def test_a_worker_knows_its_parent_by_its_claims(phantom, tmp_path):
+    """Not by asking who the parent is: it may have been killed while the worker was starting."""
+    claims = tmp_path / "rows-4711-abc"
+    words = ["--data", str(phantom), *options("sal"), "--claims", str(claims)]
+    worker = common.Run(common.parse_options("sal", "", sal.OPTIONS, words))
+    assert worker.parent == 4711
 
 
 def test_a_worker_that_fails_ends_the_run(finished, phantom):
