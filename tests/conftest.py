@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = ["sal", "pix2rep", "macl", "cct_r"]
 
 # A whole run in seconds. `options("sal")` is the list of words for the command line.
-EVERY = "--size 32 --spacing 5 --width 4 --steps 24 --lr 1e-2 --labelled 1 --seeds 0 --save-every 4"
+EVERY = "--size 32 --spacing 5 --width 4 --steps 12 --lr 1e-2 --labelled 1 --seeds 0 --save-every 4"
 TINY = {
     "sal": "--batch 4 --pretrain-steps 6 --pairs 4 --windows 2",
     "pix2rep": "--batch 4 --pretrain-steps 6 --pretrain-batch 4 --probe-steps 4 --dim 8 "

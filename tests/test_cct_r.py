@@ -1079,9 +1079,9 @@ def test_what_cct_r_writes(finished):
     first = next(row for row in log if row["phase"] == "cct_r_n1_s0")
     assert {"sup", "cross", "RSL", "contrast", "REPS", "weight_cross", "weight_RSL"} <= set(first)
     seen = {row["phase"]: row["labelled_seen"] for row in log if "labelled_seen" in row}
-    assert seen["cct_r_n1_s0"] == 24 * 2                           # steps, labelled slices a step
-    assert seen["scratch_n1_s0"] == 24 * 8
-    assert "labelled slices seen: scratch 192, each network of CCT-R 48" in printed
+    assert seen["cct_r_n1_s0"] == 12 * 2                           # steps, labelled slices a step
+    assert seen["scratch_n1_s0"] == 12 * 8
+    assert "labelled slices seen: scratch 96, each network of CCT-R 24" in printed
     steps = [row["step"] for row in log if row["phase"] == "cct_r_n1_s0" and "peek_unet" in row]
     o = json.loads((out / "options.json").read_text())
     assert steps == [*range(0, o["steps"], o["peek_every"]), o["steps"] - 1]       # and the last
@@ -1157,7 +1157,7 @@ def test_bad_options_of_cct_r(finished, phantom, tmp_path):
 
     assert "--labelled-batch" in wrong("--labelled-batch", 0)
     assert "--unlabelled-batch" in wrong("--unlabelled-batch", 0)
-    assert "--base-views" in wrong("--base-views", "--scratch", work / "cct_r")
+    assert "base_views" in wrong("--base-views", "--scratch", work / "cct_r")
     assert "multiple of 6" in wrong("--swin-dim", 20)
     assert "--window 1" in wrong("--window", 1)
     assert "--atlases 0" in wrong("--atlases", 0)
