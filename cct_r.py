@@ -101,7 +101,7 @@ OPTIONS = [
     ("no_brs", False, None, None, "ablation: partners in turn, not by cycle consistency"),
     ("atlases", 1, None, None, "labelled volumes whose warped labels RSL averages (ours)"),
     ("steps", 1200, 240, 40000, "T, steps of training, also from scratch"),
-    ("labelled_batch", 2, None, 2, "labelled slices a step, seen by both networks"),
+    ("labelled_batch", 2, 4, 2, "labelled slices a step, seen by both networks"),
     ("unlabelled_batch", 2, None, 2, "unlabelled slices a step, seen by both networks"),
     ("batch", 8, None, None, "slices a step from scratch, all labelled"),
     ("lr", 2e-3, None, 5e-4, "of the U-Net and of scratch, AdamW, cosine to 0 (base: poly 0.9)"),
