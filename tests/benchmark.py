@@ -16,8 +16,11 @@ Prints tables; ratios within one run are what counts. OPTIONS are those of the s
 6. The start: preparing the slices of a dataset, and opening the prepared ones.
 7. Scoring: HD95 and ASSD by searching between surface voxels against distance maps of the whole
    image, for good and for bad predictions (aim: 10 times faster for bad ones on CT).
+8. Rows: four rows from scratch by one process with all threads, and by --workers, which share them
+   (as many as there are threads, on a GPU eight; about 1.1 is what two cores give).
 """
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
@@ -525,15 +528,36 @@ def scoring_chapter(setup):
               f"{seconds[0] / seconds[1]:14.1f} {difference:9.0e} mm")
 
 
+def rows_an_hour(setup, *words):
+    """Rows from scratch an hour of a run of four, as a user starts it."""
+    cache = opened(setup, sal).o.cache                             # prepared, so it is not timed
+    out = tempfile.mkdtemp(dir=setup.folder)
+    command = [sys.executable, sal.__file__, *setup.words, "--rows", "scratch", "--labelled", "1"]
+    command += ["--seeds", "0", "1", "2", "3", "--cache", cache, "--out", f"{out}/run", *words]
+    begun = time.time()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return 4 * 3600 / (time.time() - begun)
+
+
+def workers_chapter(setup):
+    """Rows an hour by one process and by --workers."""
+    workers = 8 if setup.device.type == "cuda" else torch.get_num_threads()
+    print(f"\n8. Four rows from scratch, {torch.get_num_threads()} threads")
+    alone = rows_an_hour(setup)
+    together = rows_an_hour(setup, "--workers", str(workers))
+    print(f"  one process        {alone:6.0f} rows an hour\n"
+          f"  --workers {workers}        {together:6.0f} rows an hour, {together / alone:.2f} times")
+
+
 CHAPTERS = {1: sal_chapter, 2: wla_chapter, 3: pix2rep_chapter, 4: macl_chapter, 5: cct_r_chapter,
-            6: start_chapter, 7: scoring_chapter}
+            6: start_chapter, 7: scoring_chapter, 8: workers_chapter}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chapters", type=int, nargs="+", choices=CHAPTERS, default=[*CHAPTERS],
-                        metavar="N", help="1 to 7 (default: all)")
+                        metavar="N", help="1 to 8 (default: all)")
     parser.add_argument("--data", help="a dataset (default: the phantom)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--timed-steps", type=int, default=20, help="of a training loop")
