@@ -545,8 +545,8 @@ def workers_chapter(setup):
     print(f"\n8. Four rows from scratch, {torch.get_num_threads()} threads")
     alone = rows_an_hour(setup)
     together = rows_an_hour(setup, "--workers", str(workers))
-    print(f"  one process        {alone:6.0f} rows an hour\n"
-          f"  --workers {workers}        {together:6.0f} rows an hour, {together / alone:.2f} times")
+    print(f"  one process        {alone:6.0f} rows an hour")
+    print(f"  --workers {workers}        {together:6.0f} rows an hour, {together / alone:.2f} times")
 
 
 CHAPTERS = {1: sal_chapter, 2: wla_chapter, 3: pix2rep_chapter, 4: macl_chapter, 5: cct_r_chapter,
