@@ -546,7 +546,8 @@ def workers_chapter(setup):
     alone = rows_an_hour(setup)
     together = rows_an_hour(setup, "--workers", str(workers))
     print(f"  one process        {alone:6.0f} rows an hour")
-    print(f"  --workers {workers}        {together:6.0f} rows an hour, {together / alone:.2f} times")
+    ratio = together / alone
+    print(f"  --workers {workers}        {together:6.0f} rows an hour, {ratio:.2f} times as many")
 
 
 CHAPTERS = {1: sal_chapter, 2: wla_chapter, 3: pix2rep_chapter, 4: macl_chapter, 5: cct_r_chapter,
