@@ -26,12 +26,12 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     networks 0.5 (cross-entropy + Dice), weight omega_0 exp(-5 (t/T)^2), omega_0 = 1 [ours].
     `--atlases 3` averages the one-hot labels of the three smallest cycle errors [ours].
  4. REPS: positives from registration, from a memory bank; for an anchor "the anatomically-closest
-    point in each 3D volume" [paper, Fig. 2]. Ours: common place, through the best partner to the
-    frame of the first labelled volume; from every other volume that the bank has the one feature
-    whose place is nearest, if within 8 mm; these join the positives of the balanced contrast of no.
-    6, whose group are here the anchors themselves, half of them organ, of one network, on labelled
-    slices alone at first as there. The bank is never a negative. So REPS is a group more and what
-    joins it: `--radius .001` leaves the group alone, a control.
+    point in each 3D volume" [paper, Fig. 2]. Ours: a step's anchors, half of them organ, are one
+    group of the contrast of no. 6, for each network by itself; labelled slices alone at first, as
+    there. From the bank each anchor gets further positives: of every other volume the one feature
+    whose common place is nearest, if within 8 mm; a common place is found through the best partner
+    in the frame of the first labelled volume. The bank is never a negative. `--radius .001` leaves
+    only the group: a control.
  5. Cross teaching: Dice with the other's arg max, 0.1 exp(-5 (1 - t/T_r)^2), T_r = 3/4 of the steps
     [base]. In all losses of the two networks Dice of all classes, squared denominators [base]; in
     the baseline that of the other scripts: foreground, linear [ours].
@@ -62,10 +62,11 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     choose nothing; the last checkpoint is scored [ours]. "One case" is 23 slices of patient 099 in
     [base], all 32 here.
 
-Letters: B slices drawn at once (2B: those of both networks), C
-channels, K classes, S network size, V slices of a volume, Z, Y, X and z, y, x voxels of a box and
-its control points, d features of a pixel, n pixels of a group or anchors, G groups, M features in
-the bank, N slices of a dataset, t of T steps.
+Letters: B slices drawn at once (2B: those of both networks), C channels, K classes, S network size,
+V slices of a volume, Z, Y, X and z, y, x voxels of a box and its control points, d features of a
+pixel, n pixels of a group or anchors, G groups, N slices of a dataset, t of T steps; in the bank V
+volumes of M features each; in the losses z features, y classes, i an anchor, P(i) and R(i) its
+positives; u an unlabelled volume, l* its best labelled partner.
 """
 import hashlib
 import json
@@ -94,7 +95,8 @@ OPTIONS = [
     ("seeds", [0, 1, 2], [0], None, "seeds of training"),
     ("width", 16, None, None, "channels of the first U-Net level (base: 16)"),
     ("swin_dim", 48, None, 96, "channels of the Swin-UNet's first stage, divisible by 6"),
-    ("window", None, None, 7, "tokens along a window's side; 4 or more that divide size / 16"),
+    ("window", None, None, 7,
+     "tokens along a window's side; default: the least divisor of size / 16 from 4 on"),
     ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (base: slices resized)"),
     ("size", None, 64, 224, "S, crop in pixels, divisible by 16; 96 on ACDC"),
     ("stiffness", .3, None, None, "of registration: weight of the velocity's mean square gradient"),
@@ -105,19 +107,19 @@ OPTIONS = [
     ("unlabelled_batch", 2, None, 2, "unlabelled slices a step, seen by both networks"),
     ("batch", 8, None, None, "slices a step from scratch, all labelled"),
     ("lr", 2e-3, None, 5e-4, "of the U-Net and of scratch, AdamW, cosine to 0 (base: poly 0.9)"),
-    ("swin_lr", 5e-4, None, 1e-4, "of the Swin-UNet, after 5 % warm-up"),
+    ("swin_lr", 5e-4, None, 1e-4, "of the Swin-UNet and the projectors, after 5 % warm-up"),
     ("pretrained_lr", 1e-3, None, None, "of a U-Net that starts from --init (ours)"),
-    ("weight_decay", 1e-4, None, 5e-4, "of the two networks; from scratch 1e-4"),
+    ("weight_decay", 1e-4, None, 5e-4, "of both networks and the projectors; from scratch 1e-4"),
     ("rotation", .5, None, None, "largest rotation in rad"),
     ("base_views", False, None, None, "flips and rotations alone [base], also from scratch"),
-    ("no_cross_teaching", False, None, None, "ablation"),
-    ("no_contrast", False, None, None, "ablation"),
+    ("no_cross_teaching", False, None, None, "ablation: no cross teaching"),
+    ("no_contrast", False, None, None, "ablation: no local contrast"),
     ("no_rsl", False, None, None, "ablation: no warped labels"),
     ("no_reps", False, None, None, "ablation: no positives from registration"),
-    ("cross_weight", .1, None, None, "of cross teaching, after its ramp (base: 0.1)"),
+    ("cross_weight", .1, None, None, "w of cross teaching, after its ramp (base: 0.1)"),
     ("rsl_weight", 1., None, None, "omega_0 of RSL, at the first step"),
-    ("contrast_weight", .002, None, None, "of the local contrast (base: 0.001 a network)"),
-    ("reps_weight", .01, None, None, "of REPS"),
+    ("contrast_weight", .002, None, None, "lambda_c of the local contrast (base: 0.001 a network)"),
+    ("reps_weight", .01, None, None, "lambda_r of REPS"),
     ("temperature", .1, None, None, "tau (base: 0.1)"),
     ("projection", 128, None, 128, "d, width of the projectors; 2d in between"),
     ("block", 12, None, 19, "side in pixels of a local block (base: 19 of 224)"),
@@ -264,14 +266,15 @@ def balanced_contrastive_loss(z, y, temperature):
 def reps_loss(z, y, r, near, temperature):
     """REPS: what registration takes for an anchor's place in other volumes joins its positives.
 
-        L_i = - 1/(|P(i)| + |R(i)|) sum_{p in P(i) u R(i)} [ z_i.z_p/tau - log D_i ]    (REPS)
+        L_i = - 1/(|P(i)| + |R(i)|) { sum_{p in P(i)} [ z_i.z_p/tau - log D_i ]
+                                      + sum_{q in R(i)} [ z_i.r_q/tau - log D_i ] }    (REPS)
         D_i = sum_{a != i in the group} exp(z_i.z_a/tau) / w_ia
-              + 1/|R(i)| sum_{r in R(i)} exp(z_i.z_r/tau)
+              + 1/|R(i)| sum_{q in R(i)} exp(z_i.r_q/tau)
 
     P(i) and w_ia as in `balanced_contrastive_loss`, the group being the anchors; the last sum only
     where R(i) is not empty. So what R(i) holds is never a negative, and needs no class. z [n, d]
-    before normalisation, y [n]; r [n, V, d] of length 1: the candidate of each volume, near [n, V]:
-    whether it is in R(i). Returns a scalar, the mean over the anchors that have a positive.
+    before normalisation, y [n]; r [n, V, d] of length 1: r_q, the candidate of each volume q, near
+    [n, V]: whether q is in R(i). Returns a scalar, the mean over the anchors that have a positive.
     """
     z = F.normalize(z.float(), dim=-1)
     attract, count, D = balanced_parts(z, y, temperature)
@@ -324,7 +327,7 @@ def local_contrast(maps, labels, size, groups, temperature):
 
 
 class MemoryBank(nn.Module):
-    """The last `size` pixel features of every volume, of one network, with their common places.
+    """The last M = `size` pixel features of each volume, of one network, with their common places.
 
     The oldest are overwritten. A module, so that its state is saved as that of networks is.
     """
@@ -520,6 +523,7 @@ def contrast_terms(o, pixels):
     half = [y[:, ::2, ::2] for y in pixels.classes]                # [B, S/2, S/2]
     # coarse: 4 groups of blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
     at_coarse = local_contrast(pixels.coarse, small, o.block // 2, 4, o.temperature)
+    # fine: every second pixel, so block / 2 of them are `block` pixels
     at_fine = local_contrast(pixels.fine, half, o.block // 2, o.groups, o.temperature)
     return at_coarse + at_fine
 
@@ -600,8 +604,9 @@ def train(run, row, registered):
         L_CT = L_RSL = L_contrast = L_REPS = 0.
         if not o.no_cross_teaching:
             L_CT = cross_teaching_loss(*maps_u.logits)
-        # L_RSL = sum over both networks of 0.5 (CE + Dice)(p_u, y~_u), where y~_u = T(y_l*) is a
-        # warped label, never the true one    (RSL) [ours]
+        # L_RSL = sum over both networks of 0.5 (CE + Dice)(p_u, y~_u), where y~_u = T_back(y_l*)
+        # is a warped label, never the true one    (RSL) [ours]
+        # l*: the best partner (BRS); y~_u is made in `Registered.place_volume`
         if not o.no_rsl:
             L_RSL = sum(segmentation_loss(logits, unlabelled.label) for logits in maps_u.logits)
         pixels = pixels_of(labelled, maps, [labelled.label] * 2)

@@ -816,7 +816,8 @@ def _add_run_options(group, method):
     add("--init", metavar="FILE", help="start from this pretrained.pt (no pre-training here)")
     add("--scratch", metavar="RUN", help="read the rows that need no pre-training out of this "
         "finished run of any method; train those that it does not have")
-    add("--predict", nargs="+", metavar="IMAGE", help="segment these NIfTI files into --out")
+    add("--predict", nargs="+", metavar="IMAGE", help="segment these NIfTI files into "
+        "--out/predictions")
     add("--checkpoint", metavar="FILE", help="the network for --predict")
     add("--device", default="auto", help="auto (cuda, else cpu), cuda, cuda:1, mps or cpu "
         "[%(default)s]")

@@ -48,8 +48,9 @@ there, or changed by us. What came out: results/pix2rep.md.
     difference of probabilities, the teacher sees the slice without change of intensities, weight 5
     after a ramp of 40 % of the steps, the teacher is scored. The unlabelled half has a forward pass
     of its own: in one batch, normalisation told the halves apart (Dice 0.73 -> 0.59).
-13. Few-shot: random patients, for n >= 5 the same number from each of ACDC's five groups [code]; we
-    do so where 5 divides n, and else take the split's order, as our other methods do [ours].
+13. Few-shot: random patients, for n >= 5 the same number from each of ACDC's five groups [code];
+    here the first n in the split's order, as in our other methods, or where 5 divides n the same
+    number of every group, in the split's order [ours].
 14. The best checkpoint on validation patients is scored [code]; we score the last. One pre-training
     serves all seeds, so the spread over seeds is that of fine-tuning [ours].
 15. Fig. 2 has several chosen queries on test images [paper]; ours the middle pixel of each class.
@@ -87,14 +88,16 @@ OPTIONS = [
     ("size", None, 64, 128, "S, crop in pixels, divisible by 2^depth; 96 on ACDC"),
     ("loss", "infonce", None, None, "infonce (MIDL 2024) or barlow (v2)"),
     ("pretrain_data", [], None, None, "folders to pre-train on instead of --data; need no labels"),
-    ("pretrain_steps", 8000, 700, 32800, "steps of pre-training (paper: 200 epochs)"),
+    ("pretrain_steps", 8000, 700, 32800,
+     "steps of pre-training (code: 200 epochs; 32800 is that on ACDC with 8 a step)"),
     ("pretrain_batch", 8, None, None, "B, slices a step, two views each (data.yaml: 16)"),
     ("pretrain_lr", 1e-3, None, 4.7e-4, "AdamW, 5 % warm-up, cosine to 0 (v2: 5e-4)"),
     ("pixels", 1000, None, 1000, "n, pixels of InfoNCE a step"),
     ("temperature", .1, None, .53, "tau of InfoNCE"),
     ("lam", 5e-3, None, None, "lambda of Barlow Twins (v2: 5e-3)"),
     ("pretrain_rotation", math.pi / 2, None, math.pi / 2, "largest rotation of phi in rad"),
-    ("crop", [.7, 1.], None, [.33, .95], "sides of phi's crop, smallest and largest, of 1"),
+    ("crop", [.7, 1.], None, [.33, .95],
+     "smallest and largest side of phi's crop, as a share of the image's"),
     ("one_pass", False, None, None, "ablation: both views share a pass and its batch statistics"),
     ("inversion", 0., None, .35, "probability that t inverts intensities"),
     ("probe_steps", 300, 120, None, "steps of the 1x1 head (code: 200 epochs)"),
@@ -162,9 +165,9 @@ def info_nce_loss(z_a, z_b, temperature):
     z = F.normalize(z, dim=1)
     with torch.autocast(z.device.type, enabled=False):             # float32 also under autocast
         sim = z @ z.T / temperature                                # [2n, 2n] cosines / tau
-    sim = sim.fill_diagonal_(-torch.inf)                           # k != a: never with itself
-    # l(a, b) = - log exp(sim(a,b)/tau) / sum_{k != a} exp(sim(a,k)/tau)
-    # is cross-entropy whose right answer is the partner b, n places further
+    sim = sim.fill_diagonal_(-torch.inf)                           # k != v: never with itself
+    # l(v, w) = - log exp(sim(v,w)/tau) / sum_{k != v} exp(sim(v,k)/tau)
+    # is cross-entropy whose right answer is the partner w, n places further
     partner = torch.arange(2 * n, device=z.device).roll(n)         # [2n]: n ... 2n-1, 0 ... n-1
     # L = 1/(2n) sum_i [ l(z_i, z'_i) + l(z'_i, z_i) ]    (InfoNCE)
     return F.cross_entropy(sim, partner)
@@ -183,10 +186,11 @@ def barlow_twins_loss(u_a, u_b, lam):
     """
     u_a = standardise(u_a)
     u_b = standardise(u_b)
-    # C[a,b] = 1/P sum_p u(p)_a u'(p)_b
+    # C[j,k] = 1/P sum_p u(p)_j u'(p)_k
+    # u(p), u'(p): pixel p in the two views, here u_a, u_b, standardised; j, k: components
     with torch.autocast(u_a.device.type, enabled=False):           # float32 also under autocast
         C = u_a.T @ u_b / len(u_a)                                 # [d, d]
-    # L = sum_a (C[a,a] - 1)^2 + lambda sum_a sum_{b != a} C[a,b]^2    (Barlow)
+    # L = sum_j (C[j,j] - 1)^2 + lambda sum_j sum_{k != j} C[j,k]^2    (Barlow)
     diagonal = C.diagonal()
     on = (diagonal - 1).square().sum()
     off = C.square().sum() - diagonal.square().sum()
@@ -519,7 +523,7 @@ def few_shot(cases, patients, n):
     """The n labelled patients: the first n of `patients`, or the same number of every group.
 
     Of every pathology group (ACDC: five) where n >= 5 and their number divides n: the first of
-    every group, then the second, ... as long as no group runs out [code].
+    every group, then the second, ... as long as no group runs out.
     """
     group = {c.patient: c.group for c in cases}
     groups = {group[p] for p in patients} - {""}

@@ -15,29 +15,30 @@ What LA is worth, a run a line; the default has GP, repulsion and LA:
 
     python sal.py --weight-la 0 --weight-u 0 --out runs/gp        GP alone
     python sal.py --weight-la 0 --out runs/gp-u                   GP and repulsion
-    python sal.py --windows 12 --out runs/same-place              LA of the same place alone
+    python sal.py --windows 8 --out runs/same-place               LA of the same place alone
     python sal.py --weight-gp 0 --out runs/la-u                   LA and repulsion, no GP
 
-(12 is the side of the feature map at 96 x 96; of the phantom's it is 8.)
+(8 is the side of the phantom's feature map; 12 on ACDC.)
 
 Paper, code, and what we chose. [paper]: stated there; [PCL]: Zeng et al., MICCAI 2021, what
 "positional" means in this field; [ours]: the paper is silent or we could not read it. The authors
 published no code. The paper has three numbered equations, which could not be read: the names (LA),
 (WLA), (GP) are ours.
  1. LA pulls the best match of every pixel to similarity 1 with MAE, on slices with |i-j| / V < t
-    [paper, Fig. 2]; a tie is close [ours]. Both directions (rows and columns of A) are averaged
-    [ours].
+    [paper, Fig. 2]; |i-j| / V = t counts as close [ours]. Both directions (rows and columns of A)
+    are averaged [ours].
  2. WLA cuts the map into r x r windows and matches inside each [paper, Figs. 1, 2]. r = 4 [ours].
  3. X = N(E(F(S))): encoder F, linear embedding E, L2 norm over channels N [paper, by a review]. E
     has no bias, X comes from encoder level 3, 12 x 12 places at 96 x 96 [ours].
  4. GP: the paper's equation could not be read, so it is PCL's loss, z = pool, linear, ReLU, linear,
-    tau = 0.1, t = 0.35 on ACDC and 0.1 elsewhere [PCL]; without its factor tau / 0.07, and the same
-    t for LA, as that of LA is not known [ours]: `--threshold`, `--threshold-la`.
+    tau = 0.1, t = 0.35 on ACDC and 0.1 elsewhere [PCL]. PCL's factor tau / 0.07 is left out; LA
+    takes the same t, as its own is not known [ours]: `--threshold`, `--threshold-la`.
  5. Total: L_GP + lambda L_WLA, lambda = 1, and our L_U beside them [ours].
  6. LA has no repulsion and is won by features that teach nothing; L_U repels pixels of different
-    places. Without it LA collapses (results/sal.md). The log prints WLA beside the WLA between
-    slices of other pairs, nearly always of other volumes, its chance level. Off unless asked for:
-    matches within a `--radius` of the own place, `--spare-matches` [ours].
+    places. Without it LA collapses (results/sal.md). The log has `WLA_strangers` beside WLA: the
+    same loss between slices of different pairs, nearly always of different volumes. That is its
+    chance level. Off unless asked for: matches within a `--radius` of the own place,
+    `--spare-matches` [ours].
  7. Pairs: slice i at random, j at random with |i-j| / V < t of LA, j = i allowed, so that all four
     kinds of pairs occur (Fig. 1 has "different selections" of pairs; what the four are is our
     reading). The two are moved by the same transform, or there would be no place to align, and get
@@ -80,14 +81,16 @@ OPTIONS = [
     ("pretrain_lr", 1e-3, None, None, "AdamW, cosine to 0 (PCL: SGD 0.1)"),
     ("pretrain_rotation", .5, None, None, "largest rotation of a pair in rad (PCL: pi)"),
     ("pairs", 16, None, None, "B, pairs of slices a step (PCL: 32 slices)"),
-    ("threshold", None, .35, None, "t of GP, of a volume; 0.35 on ACDC, else 0.1 (PCL)"),
+    ("threshold", None, .35, None,
+     "t of GP, a share of the volume's length; 0.35 on ACDC, else 0.1 (PCL)"),
     ("threshold_la", None, .35, None, "t of LA; 0.35 on ACDC, else 0.1 (paper: not known)"),
     ("temperature", .1, None, None, "tau of GP (PCL: 0.1)"),
     ("weight_gp", 1., None, None, "of L_GP; 0: LA alone"),
     ("weight_la", 1., None, None, "lambda, of L_WLA; 0: GP and L_U alone; --weight-u 0 too: GP"),
     ("weight_u", 1., None, None, "of L_U, ours; 0: LA as we read the paper, which collapses"),
     ("windows", 4, None, None, "r: r x r windows; r divides h and w; 1: LA; h: the own place"),
-    ("radius", 0, None, None, "of a match, in places, inside the window; 0: no limit (ours)"),
+    ("radius", 0, None, None,
+     "how far from its own place a match may lie, in places; 0: no limit (ours)"),
     ("spare_matches", False, None, None, "L_U does not repel what LA has just matched (ours)"),
     ("level", 3, None, None, "encoder level of X: size S / 2^level"),
     ("steps", 1200, 240, None, "steps of fine-tuning, also from scratch (PCL: 100 epochs)"),
@@ -213,8 +216,9 @@ def global_positional_loss(z, position, threshold, temperature):
         L_GP = - mean_a 1/|P(a)| sum_{p in P(a)}
                    log( exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau) )     (GP)
 
-    z [n, d]: image-level projections; position [n] in (0, 1]; threshold t; temperature tau. Returns
-    a scalar, chance level ln(n - 1). An anchor without positive is left out (ours); 0 without any.
+    z [n, d]: image-level projections; position [n] in (0, 1], of the k-th data set + 2k; threshold
+    t; temperature tau. Returns a scalar, chance level ln(n - 1). An anchor without positive is left
+    out (ours); 0 without any.
     """
     n = len(z)
     z = F.normalize(z.float(), dim=1)
@@ -244,7 +248,7 @@ def uniformity_loss(x, volume, places=16, sharpness=4., spared=None):
     where LA has just matched them, unless `spared` [n/2, hw, hw] has that p of view a and q of view
     a + n/2; and one place in two volumes, also in ED and ES of one heart: else a code of the place,
     read off the zero padding, makes LA 0 without anatomy. x [n, C, h, w] before normalisation,
-    volume [n]. Returns a scalar: 0 when pixels are unrelated, 4 when all are equal.
+    volume [n]. Returns a scalar: about 0.1 when pixels are unrelated, 4 when all are equal.
     """
     n = len(x)
     hw = x[0, 0].numel()
@@ -361,6 +365,7 @@ def pretrain(run):
         views, pick = pair_batch(run, pool)                        # [2B, C, S, S], [2B]
         with run.autocast():
             x, z = heads(unet.encoder(views))                      # [2B, C, h, w], [2B, d]
+        # positions of the k-th set have 2k added, so none is close to one of another set
         position = torch.from_numpy(pool.position[pick])           # [2B]
         L_GP = global_positional_loss(z, position, o.threshold, o.temperature)
         x_i, x_j = x.chunk(2)                                      # all i, all j: [B, C, h, w]

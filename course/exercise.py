@@ -280,7 +280,7 @@ def compared(message):
 
 
 def explained(failure, folder, function):
-    """Why a test failed, in plain words: two numbers, or where the student's file stops.
+    """Why a test failed, in plain words: two numbers, what it asks, or where the file stops.
 
     function: the name of the function that the student writes; "" for a bug.
     """
@@ -291,23 +291,14 @@ def explained(failure, folder, function):
     if isinstance(error, NotImplementedError):
         return f"not written yet, {where}"
     if isinstance(error, AssertionError):
-        return held(failure) + compared(str(error))
+        asked = str(failure.traceback[-1].statement).strip().splitlines()[0]
+        return compared(str(error)) or f"does not hold: {asked}"
     if type(error).__name__ == "Failed":                           # of pytest.raises
         return first_line(error)
     words = f"{where} stops: {type(error).__name__}: {first_line(error)}"
     if re.search(r"shape|size|dimension|broadcast", str(error)):
         words += " (do the axes stand where you think? a transpose, a missing axis?)"
     return words
-
-
-def held(failure):
-    """How many of a test's comparisons, by its lines, come before the one that fails; or ""."""
-    entry = failure.traceback[-1]
-    lines = [line.strip() for line in str(entry.frame.code.source()).splitlines()]
-    line = entry.lineno - entry.frame.code.firstlineno
-    before = sum(text.startswith("assert ") for text in lines[:line])
-    total = sum(text.startswith("assert ") for text in lines)
-    return f"{before} of {total} comparisons hold before this one; " if before else ""
 
 
 def report(folder, checks, function=""):

@@ -208,6 +208,18 @@ def test_a_turned_sign_is_told(mine, capsys):
     assert "the sign is turned" in printed
 
 
+def test_what_is_no_number_is_told(mine, capsys):
+    """A loss that is right but in bfloat16: what the test asks, instead of nothing."""
+    body = """\
+    z = F.normalize(torch.cat([z_a, z_b]).float(), dim=1)
+    sim = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(sim, torch.arange(len(z)).roll(len(z_a)))
+"""
+    printed = attempt("pix2rep.info_nce_loss", body, mine, capsys)
+    assert re.search("FAILS  gradient.*\n.*does not hold: assert torch.allclose", printed)
+    assert printed.endswith("4 of 5 hold.\n")
+
+
 # ----------------------------------------------------------------------------------------- bad use
 
 
