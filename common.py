@@ -1162,15 +1162,12 @@ class Run:
 
     def rows(self):
         """The rows that are still to be trained, one after another; finished ones are read."""
-        workers = None
-        if self.o.workers > 1 and not self.o.claims:
-            workers = Workers(self)
+        if self.o.claims:
+            yield from self.claimed_rows()
+            sys.exit()                                             # the parent does the rest
+        workers = Workers(self) if self.o.workers > 1 else None
         for row in self.all_rows(self.methods):
             wanted = row.method in self.chosen
-            if self.o.claims:                                      # a worker: saved, not collected
-                if wanted and self.finished(row) is None and claim(self.o.claims, row):
-                    yield row
-                continue
             if workers and wanted and self.shared(row) is None:
                 workers.wait(self.out / f"{row.name}.pt")
             content = self.finished(row)
@@ -1178,8 +1175,12 @@ class Run:
                 self.collect(row, content)
             elif wanted:
                 yield row
-        if self.o.claims:
-            sys.exit()                                             # the parent does the rest
+
+    def claimed_rows(self):
+        """The rows that this worker is the first to take; its parent collects them."""
+        for row in self.all_rows(self.chosen):
+            if self.finished(row) is None and claim(self.o.claims, row):
+                yield row
 
     def all_rows(self, methods):
         """The rows of these methods in the order of the table."""
