@@ -438,7 +438,7 @@ def test_unlabelled_slices_count_for_the_teacher_only(begun):
 
 
 def test_a_teacher_is_kept_only_where_there_is_one(begun):
-    """The file of a row has the student, and with Mean Teacher the teacher as well, who is frozen."""
+    """A row's file has the student, and with Mean Teacher the teacher as well, who is frozen."""
     run_ = begun()
     nets = {}
     for method, modules in (("scratch", 1), ("scratch-mt", 2)):
