@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options, refused, run, started
+from conftest import options, refused, run_here, started
 
 import common
 import macl
@@ -570,7 +570,7 @@ def test_init_says_what_is_taken(finished, phantom):
     """--init with MACL's own weights, then with another method's encoder."""
     out, work, _ = finished("macl")
     words = ["--data", phantom, *options("macl")]
-    done = run("macl", *words, "--init", out / "pretrained.pt", "--out", "init_macl", cwd=work)
+    done = run_here("macl", *words, "--init", out / "pretrained.pt", "--out", "init_macl", cwd=work)
     assert done.returncode == 0, done.stderr
     assert ("macl gives 88 tensors (encoder, decoder.ups.0, decoder.blocks.0, decoder.ups.1, "
             "decoder.blocks.1)") in done.stdout
@@ -580,7 +580,8 @@ def test_init_says_what_is_taken(finished, phantom):
     content = common.load_checkpoint(out / "pretrained.pt")
     common.save_checkpoint(work / "sal_for_macl.pt", method="sal", options={},
                            unet=content["unet"], parts=["encoder"])
-    done = run("macl", *words, "--init", work / "sal_for_macl.pt", "--out", "init_sal", cwd=work)
+    words += ["--init", work / "sal_for_macl.pt", "--out", "init_sal"]
+    done = run_here("macl", *words, cwd=work)
     assert done.returncode == 0, done.stderr
     assert "sal gives" in done.stdout
     assert not (work / "init_sal/pretrained.pt").exists()
@@ -609,7 +610,7 @@ PCL = ["--decoder-blocks", 0, "--lambda2", 0, "--lambda3", 0]
 def test_pcl_reads_scratch(finished, phantom):
     out, work, _ = finished("macl")
     words = ["--data", phantom, *options("macl"), *PCL, "--scratch", out]
-    done = run("macl", *words, "--out", "pcl", cwd=work)
+    done = run_here("macl", *words, "--out", "pcl", cwd=work)
     assert done.returncode == 0, done.stderr
     assert "| 1 | pcl |" in done.stdout
     assert "| macl |" not in done.stdout
@@ -617,7 +618,7 @@ def test_pcl_reads_scratch(finished, phantom):
     assert scratch_scores(work / "pcl") == scratch_scores(out) != []
     assert {"d", "ER"}.isdisjoint(common.read_log(work / "pcl")[0])
     assert (work / "pcl/figures/branches.png").exists()
-    refused(run("macl", *words, "--lr", .03, "--out", "pcl_r", cwd=work), "lr =")
+    refused(run_here("macl", *words, "--lr", .03, "--out", "pcl_r", cwd=work), "lr =")
 
 
 @pytest.mark.parametrize("flags", [
@@ -629,7 +630,7 @@ def test_pcl_reads_scratch(finished, phantom):
 def test_options(flags, finished, phantom):
     _, work, _ = finished("macl")
     words = ["--data", phantom, *options("macl"), *flags, "--out", "o" + flags[0]]
-    done = run("macl", *words, cwd=work)
+    done = run_here("macl", *words, cwd=work)
     assert done.returncode == 0, done.stderr
     assert "gain over scratch" in done.stdout
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, options, refused, run, started
+from conftest import SHARED, options, refused, run_here, started
 
 import common
 import data
@@ -562,7 +562,7 @@ def taught(finished, phantom):
     out, work, _ = finished("pix2rep")
     shutil.copytree(out, work / "taught")
     words = ["--data", phantom, *options("pix2rep"), "--labelled", 1, 2, "--seeds", 0, 1]
-    done = run("pix2rep", *words, "--resume", "--mean-teacher", "--out", "taught", cwd=work)
+    done = run_here("pix2rep", *words, "--resume", "--mean-teacher", "--out", "taught", cwd=work)
     assert done.returncode == 0, done.stderr
     return work / "taught", work, done.stdout
 
@@ -571,8 +571,8 @@ def taught(finished, phantom):
 def barlow_run(taught, phantom):
     """Another loss, and the rows of one seed trained anew: its folder."""
     work = taught[1]
-    done = run("pix2rep", "--data", phantom, *options("pix2rep"), "--loss", "barlow",
-               "--mean-teacher", "--out", "barlow", cwd=work)
+    done = run_here("pix2rep", "--data", phantom, *options("pix2rep"), "--loss", "barlow",
+                    "--mean-teacher", "--out", "barlow", cwd=work)
     assert done.returncode == 0, done.stderr
     return work / "barlow"
 
@@ -638,7 +638,7 @@ def test_the_log_of_barlow(barlow_run):
 def test_scratch_reads_all_rows_without_pretraining(taught, barlow_run, phantom):
     out, work, _ = taught
     words = ["--data", phantom, *options("pix2rep"), "--loss", "barlow", "--mean-teacher"]
-    done = run("pix2rep", *words, "--scratch", "taught", "--out", "read", cwd=work)
+    done = run_here("pix2rep", *words, "--scratch", "taught", "--out", "read", cwd=work)
     assert done.returncode == 0, done.stderr
     made = {f.name for f in (work / "read").glob("*_n1_s0.pt")}
     assert made == {"probe_n1_s0.pt", "pix2rep_n1_s0.pt", "pix2rep-mt_n1_s0.pt"}
@@ -646,19 +646,18 @@ def test_scratch_reads_all_rows_without_pretraining(taught, barlow_run, phantom)
         assert same_weights(trained(work / "read", method), trained(barlow_run, method))
     assert per_volume(work / "read") == per_volume(barlow_run)
     assert not (work / "read/figures/annotation_saved.png").exists()       # one number of patients
-    refused(run("pix2rep", *words, "--scratch", "taught", "--lr", .03, "--out", "p_r", cwd=work),
-            "scratch_n1_s0.pt", "lr =")
-    refused(run("pix2rep", *words, "--scratch", "taught", "--dim", 16, "--out", "r2", cwd=work),
-            "random-probe_n1_s0.pt", "dim =")
-    refused(run("pix2rep", *words, "--scratch", "taught", "--teacher-weight", 1, "--out", "r3",
-                cwd=work), "scratch-mt_n1_s0.pt", "teacher_weight =")
+    words += ["--scratch", "taught", "--out", "refused"]
+    refused(run_here("pix2rep", *words, "--lr", .03, cwd=work), "scratch_n1_s0.pt", "lr =")
+    refused(run_here("pix2rep", *words, "--dim", 16, cwd=work), "random-probe_n1_s0.pt", "dim =")
+    refused(run_here("pix2rep", *words, "--teacher-weight", 1, cwd=work), "scratch-mt_n1_s0.pt",
+            "teacher_weight =")
 
 
 def test_scratch_of_another_script(finished, phantom):
     """The row scratch of sal.py is read, and the random backbone, which it has not, is trained."""
     out, work, _ = finished("sal")
     words = ["--data", phantom, *options("pix2rep"), "--scratch", out]
-    done = run("pix2rep", *words, "--out", "sals", cwd=work)
+    done = run_here("pix2rep", *words, "--out", "sals", cwd=work)
     assert done.returncode == 0, done.stderr
     assert not (work / "sals/scratch_n1_s0.pt").exists()
     own = finished("pix2rep")[0]
@@ -666,13 +665,13 @@ def test_scratch_of_another_script(finished, phantom):
     want = [t for t in per_volume(out) if t["method"] == "scratch"]
     want = [t for t in want if (t["labelled"], t["seed"]) == ("1", "0")]
     assert [t for t in per_volume(work / "sals") if t["method"] == "scratch"] == want
-    refused(run("pix2rep", *words, "--depth", 3, "--out", "shallow", cwd=work), "depth =")
+    refused(run_here("pix2rep", *words, "--depth", 3, "--out", "shallow", cwd=work), "depth =")
 
 
 def test_init_skips_pretraining(finished, phantom):
     out, work, _ = finished("pix2rep")
     words = ["--data", phantom, *options("pix2rep")]
-    done = run("pix2rep", *words, "--init", out / "pretrained.pt", "--out", "init", cwd=work)
+    done = run_here("pix2rep", *words, "--init", out / "pretrained.pt", "--out", "init", cwd=work)
     assert done.returncode == 0, done.stderr
     assert not (work / "init/pretrained.pt").exists()
     for method in ("scratch", "random-probe", "probe", "pix2rep"):
@@ -686,7 +685,7 @@ def test_init_skips_pretraining(finished, phantom):
 def test_options(flags, finished, phantom):
     _, work, _ = finished("pix2rep")
     words = ["--data", phantom, *options("pix2rep"), *flags, "--labelled", 2]
-    done = run("pix2rep", *words, "--out", f"o{flags[1]}", cwd=work)
+    done = run_here("pix2rep", *words, "--out", f"o{flags[1]}", cwd=work)
     assert done.returncode == 0, done.stderr
     made = json.loads((work / f"o{flags[1]}/options.json").read_text())
     assert made[flags[0].strip("-")] == flags[1]
@@ -703,8 +702,8 @@ def test_predict_with_a_probe_and_a_teacher(method, taught, begun, phantom, tmp_
     common.save_checkpoint(tmp_path / "net.pt", **content)
     run_ = begun()
     case = run_.cases[0].name
-    done = run("pix2rep", "--predict", phantom / f"imagesTr/{case}.nii.gz",
-               "--checkpoint", tmp_path / "net.pt", "--out", tmp_path)
+    done = run_here("pix2rep", "--predict", phantom / f"imagesTr/{case}.nii.gz",
+                    "--checkpoint", tmp_path / "net.pt", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     pred = np.asarray(nib.load(tmp_path / f"predictions/{case}.nii.gz").dataobj)
     info = run_.dataset.info["cases"][0]
@@ -758,7 +757,7 @@ def test_bad_starts(finished, begun, phantom, tmp_path):
         begun("--init", own, "--dim", 16)
     assert not list(tmp_path.iterdir())
     words = ["--data", phantom, *options("pix2rep"), "--out", tmp_path / "o"]
-    refused(run("pix2rep", *words, "--init", finished("sal")[0] / "pretrained.pt", cwd=work),
+    refused(run_here("pix2rep", *words, "--init", finished("sal")[0] / "pretrained.pt", cwd=work),
             "checkpoint of sal, not of pix2rep")
     assert not (tmp_path / "o").exists()
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, options, refused, run, started
+from conftest import SHARED, options, refused, run_here, started
 
 import common
 import data
@@ -135,7 +135,7 @@ def test_pairs_lie_in_one_volume_and_close(finished, phantom, tmp_path):
 def test_options(flags, finished, phantom):
     _, work, _ = finished("sal")
     name = "o" + "".join(map(str, flags))
-    done = run("sal", "--data", phantom, *options("sal"), *flags, "--out", name, cwd=work)
+    done = run_here("sal", "--data", phantom, *options("sal"), *flags, "--out", name, cwd=work)
     assert done.returncode == 0, done.stderr
     assert "gain over scratch" in done.stdout
 
@@ -168,7 +168,7 @@ def test_bad_options_of_sal(finished, phantom, tmp_path):
 
     def go(*extra):
         words = ["--data", phantom, *options("sal"), "--out", tmp_path / "o"]
-        return run("sal", *words, *extra, cwd=work)
+        return run_here("sal", *words, *extra, cwd=work)
 
     refused(go("--windows", 3), "--windows 3", "does not divide", "divisor of 4")
     refused(go("--level", 5), "--level 5")
