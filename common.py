@@ -420,8 +420,9 @@ def find_sources(run):
         if cases.channels != run.channels:
             raise DataError(f"{path}: {cases.channels} channels, {run.root} has {run.channels}; "
                             "leave it out of --pretrain-data")
-        if not own:                                                # labels are neither read nor
-            cases[:] = [replace(case, label=None) for case in cases]       # missed
+        if not own:
+            # labels are neither read nor missed
+            cases[:] = [replace(case, label=None) for case in cases]
             cases.warnings = [w for w in cases.warnings if " label" not in w]
         sources.append(cases)
     if paths:
@@ -438,7 +439,8 @@ def pretraining_slices(run, dataset):
     was resampled and renamed is not recognised. Every slice counts the same, so a large set counts
     more. Prints what came from where. Raises DataError.
     """
-    o, split = run.o, run.split
+    o = run.o
+    split = run.split
     if not run.sources:
         return Pool([(dataset, run.train)])
     held_out = set(split["val"] + split["test"])                   # patients
@@ -768,7 +770,7 @@ def load_checkpoint(path, method=None, options=None):
         raise DataError(f"{path}: checkpoint of {kind}, not of {method}; "
                         f"use {kind}'s script or another file")
     for key, value in (options or {}).items():
-        if made.get(key, False) != value:                          # a flag that was not there: off
+        if made.get(key) != value:
             raise DataError(f"{path}: made with {key} = {made.get(key)}, now {value}; "
                             "use the same options or another --out")
     return content
@@ -1078,7 +1080,8 @@ class Run:
 
     def note_start(self):
         """Add a line to run.txt: commit, command, machine; a run that ends adds its minutes."""
-        o, path = self.o, self.out / "run.txt"
+        o = self.o
+        path = self.out / "run.txt"
         before = path.read_text() if path.exists() else ""
         typed = " ".join(map(str, o.arguments))
         workers = f", {o.workers} workers" if o.workers > 1 else ""

@@ -232,8 +232,8 @@ def draw_length(path):
     pix2rep = dice_by_steps("pix2rep")
     figure, axis = new_axis()
     axis.axvspan(300, 3300, color="tab:gray", alpha=.15, lw=0)
-    axis.text(1000, axis.get_ylim()[0], "updates of others' baselines", fontsize=7, ha="center",
-              va="bottom", transform=axis.get_xaxis_transform())
+    axis.text(1000, .02, "updates of others' baselines", fontsize=7, ha="center",
+              transform=axis.get_xaxis_transform())                # y as a share of the axis
     for labelled in sorted(scratch.keys() & pix2rep.keys()):
         best = max(pix2rep[labelled].values())
         steps = sorted(scratch[labelled])
@@ -243,7 +243,7 @@ def draw_length(path):
     axis.axhline(0, color="black", lw=.8)
     axis.minorticks_off()
     axis.set(xlabel="updates of the baseline", ylabel="gain of Pix2Rep, Dice points",
-             title="gain against updates of the baseline", ylim=(None, None))
+             title="gain against updates of the baseline")
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
