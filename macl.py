@@ -44,7 +44,9 @@ there, or changed by us. What was measured: results/macl.md.
     rotation 0 to 2 pi, scale 0.7 to 1.3 and elastic waves [code] (`--t-var code`); shifts of 10 %
     of half the width, 0.5 rad, e^+-0.25, no mirror, not elastic [ours].
  7. down is bilinear [code: for maps; ours: for images], without align_corners (code: with). V and
-    I go through a branch in one batch with common statistics [ours]; in the code one by one.
+    I go through a branch in one batch with common statistics [ours]; in the code one by one. Where
+    neither L_d nor L_ER is asked for there is no I, so the statistics are those of V alone: the
+    rows "+ decoder" and "+ L_ER" of Table III differ in that as well.
  8. 96 / 4 = 24 pixels cannot be halved four times: we pre-train on a larger crop of the same pixel
     size, 128 x 128, where the dominant branch has maps of 32 to 2 pixels, and fine-tune on 96 x 96
     like the other methods [ours]. Pre-training at 512 x 512, fine-tuning on ACDC at 352 x 352 and
