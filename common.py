@@ -552,14 +552,16 @@ TIE = 1e-6                      # positions are float32: two that differ by t ex
 
 
 def is_close(position, threshold):
-    """Which slices lie at a like position: position [n] in (0, 1] -> bool [n, n], symmetric.
+    """Which slices lie at a like position: position [n] -> bool [n, n].
 
     |pos_a - pos_b| < t, and ties count as close (ours), or rounding would decide about them: of 10
-    slices and t = 0.1 every next neighbour is a tie.
+    slices and t = 0.1 every next neighbour is a tie. threshold: t, one number, or that of each
+    slice [n], the same for all slices of a set.
     """
     position = torch.as_tensor(position)
+    t = torch.as_tensor(threshold, dtype=torch.float64).view(-1, 1)        # [1, 1] or [n, 1]
     away = (position[:, None] - position[None]).abs()              # [n, n]
-    return away < threshold + TIE
+    return away < t + TIE
 
 
 def random_slices(numbers, n):

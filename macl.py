@@ -43,14 +43,13 @@ there, or changed by us. What was measured: results/macl.md.
     what our other methods have. T_var moves V1 and V2: mirrored on both axes, and with p = 0.67
     rotation 0 to 2 pi, scale 0.7 to 1.3 and elastic waves [code] (`--t-var code`); shifts of 10 %
     of half the width, 0.5 rad, e^+-0.25, no mirror, not elastic [ours].
- 7. down is bilinear [code: for maps; ours: for images], without align_corners (code: with). V and
-    I go through a branch in one batch with common statistics [ours]; in the code one by one. Where
-    neither L_d nor L_ER is asked for there is no I, so the statistics are those of V alone: the
-    rows "+ decoder" and "+ L_ER" of Table III differ in that as well.
+ 7. down is bilinear [code: for maps; ours: for images], without align_corners (code: with). Every
+    view has a pass of its own, and so batch statistics of its own [code].
  8. 96 / 4 = 24 pixels cannot be halved four times: we pre-train on a larger crop of the same pixel
     size, 128 x 128, where the dominant branch has maps of 32 to 2 pixels, and fine-tune on 96 x 96
-    like the other methods [ours]. Pre-training at 512 x 512, fine-tuning on ACDC at 352 x 352 and
-    1.25 mm [paper], width 32 [code].
+    like the other methods [ours]. Beyond the scan it is black: where 96 x 96 already hold all of a
+    scan (CHAOS, BTCV), take `--size 128` and a finer `--spacing`. Pre-training at 512 x 512,
+    fine-tuning on ACDC at 352 x 352 and 1.25 mm [paper], width 32 [code].
  9. The paper's ACDC numbers are of transfer: pre-trained on CHD, 17 525 CT slices of 512 x 512,
     100 epochs, batch 16 on each of two GPUs. We pre-train on the training slices of the set that
     is segmented [ours], or as the paper on others with `--pretrain-data`; slices of two sets are
@@ -62,7 +61,7 @@ there, or changed by us. What was measured: results/macl.md.
     serves all seeds, so the spread over seeds is that of fine-tuning [ours].
 
 Letters: N slices in a batch, C channels (C' at the bottom of the U-Net), S network size, k decoder
-blocks, h, w size of the dense maps (S / 16), P = hw, V slices in a figure, K classes.
+blocks, h, w size of the dense maps (S / 16), P = hw, M slices in a figure, K classes.
 """
 import math
 
@@ -91,6 +90,7 @@ OPTIONS = [
      "steps of pre-training (paper: 100 epochs of CHD, 55 000 steps; 8200 are 100 epochs of ACDC)"),
     ("pretrain_batch", 16, None, 16, "N, slices a step"),
     ("pretrain_lr", 1e-3, None, .1, "of pre-training, cosine to 0 (code: 0.01)"),
+    ("pretrain_seed", 1000, None, None, "seed of pre-training"),
     ("pretrain_optimiser", "adamw", None, "sgd", "adamw, or sgd with momentum 0.9"),
     ("t_var", "affine", None, "code", "affine, or code: mirrors, every angle, elastic waves"),
     ("pretrain_rotation", .5, None, None, "largest rotation of the affine T_var in rad"),
@@ -177,31 +177,32 @@ def contrastive_loss(z, positive, temperature):
     return (repel - attract).mean()
 
 
-def global_contrastive_loss(z_a, z_b, position, threshold, temperature):
+def global_contrastive_loss(Z_g, Z_g_aux, position, threshold, temperature):
     """L_g, Eq. (9): image-level contrast; slices at a like position are positives.
 
-    z_a = Z^g, z_b = Z~^g [N, d], before normalisation; position [N] in (0, 1]. Returns a scalar,
-    the mean over the 2N anchors [code] (Eq. 9: sum), chance level ln(2N - 1). Raises ValueError if
-    threshold <= 0.
+    Z_g = Z^g, Z_g_aux = Z~^g [N, d], before normalisation; position [N] in (0, 1]. Returns a
+    scalar, the mean over the 2N anchors [code] (Eq. 9: sum), chance level ln(2N - 1). Raises
+    ValueError if threshold <= 0.
     """
-    positive = positive_pairs(position, threshold).to(z_a.device)  # [2N, 2N]
+    positive = positive_pairs(position, threshold).to(Z_g.device)  # [2N, 2N]
     # L_g = - sum_i 1/|Omega_i+| sum_{j in Omega_i+} log( exp(sim(Z_i,Z~_j)/tau)
     #                                                / sum_{k != i} exp(sim(Z_i,Z~_k)/tau) )   (9)
-    # i, j, k run over all 2N projections, of both branches: the tilde is no more than a name
-    return contrastive_loss(torch.cat([z_a, z_b]), positive, temperature)
+    # the tilde looks as if j and k were of the other branch; here, as in the code, i, j, k run over
+    # all 2N projections
+    return contrastive_loss(torch.cat([Z_g, Z_g_aux]), positive, temperature)
 
 
-def dense_contrastive_loss(z_a, z_b, position, threshold, temperature):
+def dense_contrastive_loss(Z_l, Z_l_aux, position, threshold, temperature):
     """L_d, Eq. (10): L_g at every pixel s of the maps, across the batch's 2N samples.
 
-    z_a = Z^l, z_b = Z~^l [N, C, h, w], before normalisation; position [N]. Returns a scalar, chance
-    level ln(2N - 1). All P pixels at once. Raises ValueError if threshold <= 0.
+    Z_l = Z^l, Z_l_aux = Z~^l [N, C, h, w], before normalisation; position [N]. Returns a scalar,
+    chance level ln(2N - 1). All P pixels at once. Raises ValueError if threshold <= 0.
     """
-    positive = positive_pairs(position, threshold).to(z_a.device)  # [2N, 2N]
-    z_a = z_a.flatten(2).permute(2, 0, 1)                          # [N, C, h, w] -> [P, N, C]
-    z_b = z_b.flatten(2).permute(2, 0, 1)
+    positive = positive_pairs(position, threshold).to(Z_l.device)  # [2N, 2N]
+    small = Z_l.flatten(2).permute(2, 0, 1)                        # [N, C, h, w] -> [P, N, C]
+    full = Z_l_aux.flatten(2).permute(2, 0, 1)
     # L_d = 1/P sum_s L_g(Z^l at s, Z~^l at s)    (10)
-    z = torch.cat([z_a, z_b], 1)                                   # [P, 2N, C]
+    z = torch.cat([small, full], 1)                                # [P, 2N, C]
     return contrastive_loss(z, positive, temperature)
 
 
@@ -242,10 +243,14 @@ class Heads(nn.Module):
         self.g_pix_aux = conv_block(C_enc, C_dec)                  # [N, C', h, w] -> [N, C, h, w]
 
 
-def trained_parts(blocks):
-    """What pre-training trains of the U-Net, and fine-tuning takes."""
+def trained_parts(o):
+    """What pre-training trains of the U-Net, and fine-tuning takes: e, and d where a loss sees it.
+
+    L_d does, and L_g unless it comes from the encoder (`--eq7`).
+    """
+    reached = o.lambda2 or (o.lambda1 and not o.eq7)
     parts = ["encoder"]
-    for n in range(blocks):
+    for n in range(o.decoder_blocks if reached else 0):
         parts += [f"decoder.ups.{n}", f"decoder.blocks.{n}"]
     return parts
 
@@ -330,38 +335,35 @@ def down(x, blocks):
 def branches(unet, heads, views, dense=True):
     """What the losses compare, Eqs. (6) and (7), as a dict of pairs (dominant, auxiliary).
 
-    g: (Z^g, Z~^g) [N, 128]. Where `dense` also l: (Z^l, Z~^l) [N, C, h, w] and y: (Y, Y~),
-    [N, C', h', w'] of the small image and [N, C', h, w] of the full one. PCL needs g alone.
+    g: (Z^g, Z~^g) [N, 128]. Where `dense` also d: (Z^l, Z~^l) [N, C, h, w] and ER: (Y, Y~),
+    [N, C', h', w'] of the small image and [N, C', h, w] of the full one. PCL needs g alone. A pass
+    for each view, with batch statistics of its own [code].
     """
-    I1, I2, V1, V2 = views
-    N = len(V1)
-    # one pass a branch for V and I, whose batch statistics are of both; then apart again
-    big = torch.cat([V2, I2]) if dense else V2                     # [2N, C, S, S] or [N, C, S, S]
-    small = down(torch.cat([V1, I1]) if dense else V1, heads.blocks)
-    e_full = unet.encoder(big)[-1].split(N)                        # e(V2), e(I2): [N, C', h, w]
-    features = unet.encoder(small)
-    e_down = features[-1].split(N)                                 # e(down(V1)), e(down(I1))
-    d_down = unet.decoder(features, heads.blocks).split(N)         # d of these: [N, C, h, w]
+    I1, I2, V1, V2 = views                                         # [N, C, S, S] each
+    k = heads.blocks
     # Z~^g = g~_ins(e(V2))    (6)
-    Z_g_aux = heads.g_ins_aux(e_full[0])
+    Z_g_aux = heads.g_ins_aux(unet.encoder(V2)[-1])                # [N, 128]
     # Z^g = g_ins(d(e(down(V1))))    (4); (7) without d
-    Z_g = heads.g_ins(e_down[0] if heads.eq7 else d_down[0])
+    features = unet.encoder(down(V1, k))
+    deepest = features[-1] if heads.eq7 else unet.decoder(features, k)
+    Z_g = heads.g_ins(deepest)                                     # [N, 128]
     pairs = {"g": (Z_g, Z_g_aux)}
     if dense:
         # Y~ = e(I2), Z~^l = g~_pix(Y~)    (6)
-        Y_aux = e_full[1]
-        Z_l_aux = heads.g_pix_aux(Y_aux)
+        Y_aux = unet.encoder(I2)[-1]                               # [N, C', h, w]
+        Z_l_aux = heads.g_pix_aux(Y_aux)                           # [N, C, h, w]
         # Y = e(down(I1)), Z^l = d(Y)    (7)
-        Y = e_down[1]
-        Z_l = d_down[1]
-        pairs["y"] = (Y, Y_aux)
-        pairs["l"] = (Z_l, Z_l_aux)
+        features = unet.encoder(down(I1, k))
+        Y = features[-1]                                           # [N, C', h', w']
+        Z_l = unet.decoder(features, k)                            # [N, C, h, w]
+        pairs["d"] = (Z_l, Z_l_aux)
+        pairs["ER"] = (Y, Y_aux)
     return pairs
 
 
 def pretrain_optimiser(unet, heads, o):
     """AdamW, or the paper's SGD, of the heads and what is trained of the U-Net."""
-    trained = tuple(f"{part}." for part in trained_parts(o.decoder_blocks))
+    trained = tuple(f"{part}." for part in trained_parts(o))
     parameters = [p for k, p in unet.named_parameters() if k.startswith(trained)]
     parameters += heads.parameters()
     if o.pretrain_optimiser == "sgd":
@@ -376,9 +378,10 @@ def pretrain(run, large):
     """
     o = run.o
     pool = common.pretraining_slices(run, large)
-    torch.manual_seed(1000)
+    torch.manual_seed(o.pretrain_seed)
     unet = run.place(run.unet(classes=2))
     heads = run.place(Heads(unet.encoder.widths, o.decoder_blocks, o.eq7))
+    torch.manual_seed(o.pretrain_seed)                             # the same slices for any heads
     optimiser = pretrain_optimiser(unet, heads, o)
     dense = o.lambda2 > 0 or o.lambda3 > 0
     for step in run.steps("pretrain", o.pretrain_steps, (unet, heads), optimiser):
@@ -391,8 +394,8 @@ def pretrain(run, large):
         L = {"g": global_contrastive_loss(*pairs["g"], position, o.threshold, o.temperature)}
         loss = o.lambda1 * L["g"]                                  # PCL
         if dense:
-            L["d"] = dense_contrastive_loss(*pairs["l"], position, o.threshold, o.temperature)
-            L["ER"] = equivariant_loss(*pairs["y"])
+            L["d"] = dense_contrastive_loss(*pairs["d"], position, o.threshold, o.temperature)
+            L["ER"] = equivariant_loss(*pairs["ER"])
             # L_MLC = lambda1 L_g + lambda2 L_d + lambda3 L_ER    (8)
             loss = o.lambda1 * L["g"] + o.lambda2 * L["d"] + o.lambda3 * L["ER"]
         optimiser.zero_grad()
@@ -400,10 +403,10 @@ def pretrain(run, large):
         optimiser.step()
         if step % 50 == 0:
             if dense:                                              # chance of L_ER: another slice
-                Y, Y_aux = pairs["y"]
+                Y, Y_aux = pairs["ER"]
                 L["ER_strangers"] = equivariant_loss(Y, Y_aux.roll(1, 0))
             run.log("pretrain", step=step, chance=math.log(2 * o.pretrain_batch - 1), **L)
-    return run.save_pretrained(unet=unet.state_dict(), parts=trained_parts(o.decoder_blocks),
+    return run.save_pretrained(unet=unet.state_dict(), parts=trained_parts(o),
                                heads=heads.state_dict())
 
 
@@ -444,9 +447,9 @@ def finetune(run, row, start=None):
 
 
 def heat(maps):
-    """Mean size of the channels of maps [V, C, h, w], in [0, 1] by its maximum: [V, h, w]."""
-    heat = maps.float().abs().mean(1)                              # [V, h, w]
-    most = heat.amax((1, 2), keepdim=True).clamp(min=1e-9)         # [V, 1, 1]
+    """Mean size of the channels of maps [M, C, h, w], in [0, 1] by its maximum: [M, h, w]."""
+    heat = maps.float().abs().mean(1)                              # [M, h, w]
+    most = heat.amax((1, 2), keepdim=True).clamp(min=1e-9)         # [M, 1, 1]
     return (heat / most).cpu()
 
 
@@ -459,11 +462,12 @@ def draw_branches(run, large, start):
     heads = Heads(unet.encoder.widths, o.decoder_blocks, o.eq7).to(run.device)
     common.load_weights(unet, start["unet"], start["parts"])
     heads.load_state_dict(start["heads"])
-    numbers = common.middle_slices(large, run.split["val"][:3])
-    I1, I2, V1, V2 = four_views(large.image(numbers, run.device), o)       # [V, C, S, S] each
+    patients = run.split["val"] + run.split["train"]               # one slice has no statistics
+    numbers = common.middle_slices(large, patients[:3])
+    I1, I2, V1, V2 = four_views(large.image(numbers, run.device), o)       # [M, C, S, S] each
     pairs = branches(unet, heads, (I1, I2, V1, V2))
-    Y, Y_aux = pairs["y"]
-    Z_l, Z_l_aux = pairs["l"]
+    Y, Y_aux = pairs["ER"]
+    Z_l, Z_l_aux = pairs["d"]
     inputs = {"auxiliary: I2": I2, "auxiliary: V2": V2,
               "dominant: down(I1)": down(I1, o.decoder_blocks),
               "dominant: down(V1)": down(V1, o.decoder_blocks)}
@@ -484,20 +488,20 @@ def draw_heat(run, start):
     """heat.png: where the encoder's two deepest levels answer, before and after pre-training."""
     patients = run.split["val"][:4]
     images = run.dataset.image(common.middle_slices(run.dataset, patients), run.device)
-    pictures = images[:, 0].cpu()                                  # [V, S, S] of [V, C, S, S]
+    pictures = images[:, 0].cpu()                                  # [M, S, S] of [M, C, S, S]
     figure, axes = common.new_figure(len(patients), 5)
     for axis, picture, patient in zip(axes[:, 0], pictures, patients):
         common.show(axis, picture, title=patient)
     for column, weights in enumerate([None, start]):
         title = ["before", "after"][column]
-        torch.manual_seed(1000)
+        torch.manual_seed(run.o.pretrain_seed)
         unet = run.unet(classes=2).to(run.device)
         if weights:
             common.load_weights(unet, weights["unet"], weights["parts"])
         features = unet.encoder(images)                            # with batch statistics
         for k, level in enumerate((3, 4)):
-            maps = heat(features[level])[:, None]                  # [V, 1, S / 2^l, S / 2^l]
-            maps = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0]    # [V, S, S]
+            maps = heat(features[level])[:, None]                  # [M, 1, S / 2^l, S / 2^l]
+            maps = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0]    # [M, S, S]
             for axis, picture, x in zip(axes[:, 1 + 2 * k + column], pictures, maps):
                 common.show(axis, picture, title=f"level {level}, {title}")
                 axis.imshow(x, cmap="jet", alpha=.45, vmin=0, vmax=1)

@@ -37,7 +37,7 @@ there, or changed by us. What came out: results/pix2rep.md.
     [code]; width 16, 4 poolings, and the last map of 16 channels widened to D = 64 by a 1x1 layer,
     so that the trunk starts the same U-Net as every other method's [ours].
  9. Pre-training: Adam, constant 4.7e-4, 200 epochs, batches of 16 in its data.yaml [code]; AdamW
-    5e-4, warm-up, cosine [v2]; AdamW 1e-3 so, batches of 8 [ours].
+    5e-4, warm-up, cosine [v2]; the same schedule with 1e-3, batches of 8 [ours].
 10. Linear probing: backbone frozen, a 1x1 head on the D channels, Adam 7.6e-3, soft Dice, 200
     epochs [code]; AdamW 3e-2, cosine, cross-entropy + Dice. Its row from scratch is a frozen random
     backbone whose batch statistics are set by 20 batches of training slices [ours].
@@ -45,8 +45,9 @@ there, or changed by us. What came out: results/pix2rep.md.
     1e-3, 5e-3, cosine, cross-entropy + Dice, a new head on the trunk, so that the network is that
     of the row from scratch [ours].
 12. Mean Teacher on top [paper]; its details are ours: half of every batch unlabelled, squared
-    difference of probabilities, the teacher sees the slice without change of intensities, weight 5
-    after a ramp of 40 % of the steps, the teacher is scored. The unlabelled half has a forward pass
+    difference of probabilities, summed over classes; the teacher, in eval mode, sees the slice
+    without change of intensities; weight 5 after a ramp of 40 % of the steps; the teacher is
+    scored. So these rows see half as many labelled slices. The unlabelled half has a forward pass
     of its own: in one batch, normalisation told the halves apart (Dice 0.73 -> 0.59).
 13. Few-shot: random patients, for n >= 5 the same number from each of ACDC's five groups [code];
     here the first n in the split's order, as in our other methods, or where 5 divides n the same
@@ -56,9 +57,9 @@ there, or changed by us. What came out: results/pix2rep.md.
 15. Fig. 2 has several chosen queries on test images [paper]; ours the middle pixel of each class.
     Fig. 4 reduces the vectors to a plane by t-SNE [paper]; ours by PCA.
 
-Letters: B slices in a batch, n sampled pixels, P valid pixels, C channels of an image, D of the
-output map, W of the trunk's, d of the projector, S network size, V slices in a figure, U unlabelled
-slices, K classes.
+Letters: B slices in a batch, n sampled pixels, P valid pixels, C channels of an image (in Barlow
+Twins the correlations), D of the output map, W of the trunk's, d of the projector, S network size,
+V slices in a figure, U unlabelled slices, K classes.
 """
 import copy
 import math
@@ -95,6 +96,7 @@ OPTIONS = [
     ("pixels", 1000, None, 1000, "n, pixels of InfoNCE a step"),
     ("temperature", .1, None, .53, "tau of InfoNCE"),
     ("lam", 5e-3, None, None, "lambda of Barlow Twins (v2: 5e-3)"),
+    ("pretrain_seed", 1000, None, None, "seed of pre-training"),
     ("pretrain_rotation", math.pi / 2, None, math.pi / 2, "largest rotation of phi in rad"),
     ("crop", [.7, 1.], None, [.33, .95],
      "smallest and largest side of phi's crop, as a share of the image's"),
@@ -276,7 +278,7 @@ def random_affine(n, size, rotation, scale, device):
     s = uniform(n, *scale, device)
     flip_x = uniform(n, -1, 1, device).sign()
     flip_y = uniform(n, -1, 1, device).sign()
-    dx = uniform(n, -1, 1, device) * (1 - s)                       # the upright crop lies inside
+    dx = uniform(n, -1, 1, device) * (1 - s)                       # upright it lies inside
     dy = uniform(n, -1, 1, device) * (1 - s)
     cos = angle.cos() * s
     sin = angle.sin() * s
@@ -309,15 +311,15 @@ def view_batch(run, pool):
     return common.channels_last(t_x), common.channels_last(phi_t_x), grid, valid
 
 
-def pixel_pairs(f_a, f_b, grid, valid, n=None):
-    """The vectors (phi(f_a), f_b) of the same n valid pixels of the batch, none of them twice.
+def pixel_pairs(map_a, map_b, grid, valid, n=None):
+    """The vectors of phi(map_a) and map_b at the same n valid pixels, none of them twice.
 
-    f_a, f_b: maps [B, W, S, S] of the trunk, W = --width; f_a is moved by the very grid that moved
-    the image. Returns two [n, W]; without n, or if there are fewer, of all valid pixels, [P, W].
+    Maps [B, W, S, S] of the trunk, W = --width; map_a is moved by the very grid that moved the
+    image. Returns two [n, W]; without n, or if there are fewer, of all valid pixels, [P, W].
     """
-    moved = warp(f_a, grid)                                        # phi(f_a), [B, W, S, S]
+    moved = warp(map_a, grid)                                      # phi(map_a), [B, W, S, S]
     a = moved.movedim(1, -1)[valid]                                # [P, W]
-    b = f_b.movedim(1, -1)[valid]
+    b = map_b.movedim(1, -1)[valid]
     if n is None:
         return a, b
     some = torch.randperm(len(a))[:n].to(a.device)                 # [n], without replacement [code]
@@ -340,7 +342,7 @@ def pretrain(run):
     o = run.o
     T = o.pretrain_steps
     pool = common.pretraining_slices(run, run.dataset)
-    torch.manual_seed(1000)
+    torch.manual_seed(o.pretrain_seed)
     f = run.place(load_backbone(run))
     g = projector(o).to(run.device)
     parameters = [*f.unet.encoder.parameters(), *f.unet.decoder.parameters(),
@@ -351,14 +353,15 @@ def pretrain(run):
         warm_up = min(1, (step + 1) / (.05 * T))                   # 5 % of the steps [v2]
         optimiser.param_groups[0]["lr"] = o.pretrain_lr * warm_up * cosine(step, T)
         t_x, phi_t_x, grid, valid = view_batch(run, pool)          # [B, C, S, S] each, and phi
-        # Z = g(phi(f(t(x)))), Z' = g(f(phi(t'(x))))    (the code: phi(g(f(t(x)))), see no. 6)
+        # Z = g(phi(f(t(x)))), Z' = g(f(phi(t'(x))))    (the code: phi(g(f(t(x)))))
+        # here f = widen(trunk), and phi comes before widen: see no. 6
         with run.autocast():
             map_a, map_b = two_maps(f, t_x, phi_t_x, o.one_pass)   # [B, W, S, S] each
             a, b = pixel_pairs(map_a, map_b, grid, valid, n)       # [n, W] each; Barlow: n = P
-            f_a = f.widen(a)                                       # [n, D]
-            f_b = f.widen(b)
-            z_a = g(f_a)                                           # [n, d]
-            z_b = g(f_b)
+            vectors_a = f.widen(a)                                 # [n, D]
+            vectors_b = f.widen(b)
+            z_a = g(vectors_a)                                     # [n, d]
+            z_b = g(vectors_b)
         if o.loss == "infonce":
             loss = info_nce_loss(z_a, z_b, o.temperature)
         else:
@@ -367,17 +370,17 @@ def pretrain(run):
         loss.backward()
         optimiser.step()
         if step % 50 == 0:
-            vectors = torch.cat([f_a, f_b])                        # [2n, D]
-            run.log("pretrain", step=step, loss=loss, **collapse(o, z_a, z_b, vectors))
+            signs = signs_of_collapse(o, z_a, z_b, vectors_a)
+            run.log("pretrain", step=step, loss=loss, **signs)
     return run.save_pretrained(unet=f.unet.state_dict(), parts=["encoder", "decoder"],
                                widen=f.widen.state_dict(), projector=g.state_dict())
 
 
 @torch.no_grad()
-def collapse(o, z_a, z_b, vectors):
+def signs_of_collapse(o, z_a, z_b, vectors):
     """For the log: chance level of the loss, share of partners found with its chance, rank in D.
 
-    z_a, z_b: projections [n, d]; vectors [2n, D]. Partners and rank of 1000 pixels at most.
+    z_a, z_b: projections [n, d]; vectors [n, D]. Partners and rank of 1000 pixels at most.
     """
     n = len(z_a)
     few = torch.linspace(0, n - 1, min(1000, n), device=z_a.device).long()     # of all images
@@ -426,7 +429,10 @@ def linear_probe(run, row, start=None):
 
 @torch.no_grad()
 def set_statistics(run, f, batches=20):
-    """Give a random f, which has none of its own, the batch statistics of training slices."""
+    """Give a random f, which has none of its own, the mean batch statistics of training slices."""
+    for module in f.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None                                 # the mean of all batches so far
     for _ in range(batches):
         pick = common.random_slices(run.train, run.o.batch)
         f(photometric(run.dataset.image(pick, run.device)))
@@ -450,7 +456,7 @@ def consistency_loss(logits, target):
     return (logits.softmax(1) - target).square().sum(1).mean()
 
 
-def agreement(run, student, teacher, n):
+def unlabelled_loss(run, student, teacher, n):
     """The consistency loss on n unlabelled slices; for the teacher their intensities stay.
 
     They go through the student apart from the labelled slices: in one batch, batch normalisation
@@ -467,9 +473,12 @@ def agreement(run, student, teacher, n):
 
 
 def ramp(step, steps):
-    """Mean Teacher: the share of the consistency's weight, from e^-5 to 1 after `steps`."""
-    missing = 1 - min(1, step / steps)
-    return math.exp(-5 * missing ** 2)
+    """Mean Teacher: the share of the consistency's weight, from e^-5 to 1 after `steps`.
+
+    exp(-5 (1 - t)^2), t: the share of the ramp that is done (Tarvainen and Valpola 2017).
+    """
+    t = min(1, step / steps)
+    return math.exp(-5 * (1 - t) ** 2)
 
 
 def finetune(run, row, start=None):
@@ -485,8 +494,8 @@ def finetune(run, row, start=None):
     unet = run.place(run.unet())
     if start:
         common.load_weights(unet, start["unet"], start["parts"])
-    trunk = [*unet.encoder.parameters(), *unet.decoder.parameters()]
-    groups = [{"params": trunk, "peak": o.pretrained_lr if start else o.lr},
+    backbone = [*unet.encoder.parameters(), *unet.decoder.parameters()]
+    groups = [{"params": backbone, "peak": o.pretrained_lr if start else o.lr},
               {"params": unet.head.parameters(), "peak": o.head_lr if start else o.lr}]
     optimiser = torch.optim.AdamW(groups, weight_decay=1e-4)
     modules = [unet]
@@ -504,12 +513,12 @@ def finetune(run, row, start=None):
                  "dice_loss": common.dice_loss(logits, label)}
         loss = terms["cross_entropy"] + terms["dice_loss"]
         if mean_teacher:
-            terms["consistency"] = agreement(run, unet, teacher, U)
+            terms["consistency"] = unlabelled_loss(run, unet, teacher, U)
             loss = loss + o.teacher_weight * ramp(step, .4 * o.steps) * terms["consistency"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if mean_teacher:                                           # first the mean of all
+        if mean_teacher:                                           # at first the mean of all so far
             update_teacher(teacher, unet, min(o.teacher_alpha, 1 - 1 / (step + 1)))
         if step % 50 == 0:
             run.log(row.name, step=step, cross_entropy_chance=math.log(len(run.classes)), **terms)
@@ -545,7 +554,7 @@ def dice_by_labels(summary, method):
 def labels_needed(summary, dice, baseline="scratch"):
     """How many labelled patients the baseline needs for this mean Dice.
 
-    Linear in log n between its runs; inf beyond them.
+    Linear in log n between its runs; the fewest it had where they suffice; inf beyond the most.
     """
     runs = dice_by_labels(summary, baseline)
     if runs[0][1] >= dice:
@@ -574,7 +583,7 @@ def build(content):
 @torch.no_grad()
 def pixel_embeddings(run, images, start=None):
     """f(x) with unit length [V, D, S, S] of slices [V, C, S, S]; f random or of pretrained.pt."""
-    torch.manual_seed(1000)
+    torch.manual_seed(run.o.pretrain_seed)
     f = load_backbone(run, start).to(run.device)
     f.train(not start)                                             # random: batch statistics only
     return F.normalize(f(images).float(), dim=1).cpu()

@@ -16,9 +16,10 @@ What LA is worth, a run a line; the default has GP, repulsion and LA:
     python sal.py --weight-la 0 --weight-u 0 --out runs/gp        GP alone
     python sal.py --weight-la 0 --out runs/gp-u                   GP and repulsion
     python sal.py --windows 8 --out runs/same-place               LA of the same place alone
+    python sal.py --spare-matches --out runs/spared               no repulsion of LA's own matches
     python sal.py --weight-gp 0 --out runs/la-u                   LA and repulsion, no GP
 
-(8 is the side of the phantom's feature map; 12 on ACDC.)
+(8 is the side of the phantom's feature map, size / 2^level; 12 on ACDC.)
 
 Paper, code, and what we chose. [paper]: stated there; [PCL]: Zeng et al., MICCAI 2021, what
 "positional" means in this field; [ours]: the paper is silent or we could not read it. The authors
@@ -32,12 +33,13 @@ published no code. The paper has three numbered equations, which could not be re
     has no bias, X comes from encoder level 3, 12 x 12 places at 96 x 96 [ours].
  4. GP: the paper's equation could not be read, so it is PCL's loss, z = pool, linear, ReLU, linear,
     tau = 0.1, t = 0.35 on ACDC and 0.1 elsewhere [PCL]. PCL's factor tau / 0.07 is left out; LA
-    takes the same t, as its own is not known [ours]: `--threshold`, `--threshold-la`.
+    takes the same t, as its own is not known [ours]: `--threshold`, `--threshold-la`. Pre-trained
+    on several sets, each keeps its own t [ours].
  5. Total: L_GP + lambda L_WLA, lambda = 1, and our L_U beside them [ours].
  6. LA has no repulsion and is won by features that teach nothing; L_U repels pixels of different
     places. Without it LA collapses (results/sal.md). The log has `WLA_strangers` beside WLA: the
-    same loss between slices of different pairs, nearly always of different volumes. That is its
-    chance level. Off unless asked for: matches within a `--radius` of the own place,
+    same loss between views that do not belong together: of another pair, nearly always of another
+    volume, and moved otherwise. Off unless asked for: matches within a `--radius` of the own place,
     `--spare-matches` [ours].
  7. Pairs: slice i at random, j at random with |i-j| / V < t of LA, j = i allowed, so that all four
     kinds of pairs occur (Fig. 1 has "different selections" of pairs; what the four are is our
@@ -53,7 +55,8 @@ published no code. The paper has three numbered equations, which could not be re
 
 Letters: B pairs in a batch, n = 2B views, C channels, h, w size of a feature map, S network size
 (S_i: slice i), V slices in a volume, i slice number, K classes; t threshold, r windows along a
-side, A similarities, d length of z. The paper's F and N are `unet.encoder` and `F.normalize`.
+side, A similarities, p, q places of a map, a, b views (in (GP) p is one too), d length of z. The
+paper's F and N are `unet.encoder` and `F.normalize`.
 """
 import math
 
@@ -79,13 +82,15 @@ OPTIONS = [
     ("pretrain_data", [], None, None, "folders to pre-train on instead of --data; need no labels"),
     ("pretrain_steps", 8000, 1000, None, "steps of pre-training (PCL: 300 epochs)"),
     ("pretrain_lr", 1e-3, None, None, "AdamW, cosine to 0 (PCL: SGD 0.1)"),
+    ("pretrain_seed", 1000, None, None, "seed of pre-training"),
     ("pretrain_rotation", .5, None, None, "largest rotation of a pair in rad (PCL: pi)"),
     ("pairs", 16, None, None, "B, pairs of slices a step (PCL: 32 slices)"),
     ("threshold", None, .35, None,
      "t of GP, a share of the volume's length; 0.35 on ACDC, else 0.1 (PCL)"),
-    ("threshold_la", None, .35, None, "t of LA; 0.35 on ACDC, else 0.1 (paper: not known)"),
+    ("threshold_la", None, .35, None,
+     "t of LA and of the choice of pairs; 0.35 on ACDC, else 0.1 (paper: not known)"),
     ("temperature", .1, None, None, "tau of GP (PCL: 0.1)"),
-    ("weight_gp", 1., None, None, "of L_GP; 0: LA alone"),
+    ("weight_gp", 1., None, None, "of L_GP; 0: LA and L_U alone"),
     ("weight_la", 1., None, None, "lambda, of L_WLA; 0: GP and L_U alone; --weight-u 0 too: GP"),
     ("weight_u", 1., None, None, "of L_U, ours; 0: LA as we read the paper, which collapses"),
     ("windows", 4, None, None, "r: r x r windows; r divides h and w; 1: LA; h: the own place"),
@@ -101,15 +106,22 @@ OPTIONS = [
 ]
 
 
+def usual_threshold(cases):
+    """t that is usual for a set (PCL): 0.35 on ACDC, at most 3 slices of 10 apart, and else 0.1."""
+    return .35 if cases.layout == "ACDC" else .1
+
+
 def check(run):
-    """Fill in t, which depends on the data, and refuse impossible options. Raises DataError."""
+    """Fill in t, which depends on the data, and refuse impossible options. Raises DataError.
+
+    t becomes a list, one for each set, if several sets are pre-trained on.
+    """
     o = run.o
-    layouts = {cases.layout for cases in run.sources or [run.cases]}       # pre-trained on
-    by_data = .35 if layouts == {"ACDC"} else .1                   # ACDC: |i-j| <= 3 of 10 slices
+    usual = [usual_threshold(cases) for cases in run.sources or [run.cases]]
     if o.threshold is None:
-        o.threshold = by_data
+        o.threshold = usual if len(usual) > 1 else usual[0]
     if o.threshold_la is None:
-        o.threshold_la = by_data
+        o.threshold_la = usual if len(usual) > 1 else usual[0]
     common.refuse([(o.level not in range(5), f"--level {o.level}: use 0 to 4")])
     side = o.size // 2 ** o.level                                  # of the feature map
     common.refuse([
@@ -123,9 +135,9 @@ def check(run):
          "--weight-gp 0 --weight-la 0: nothing of the paper is left to train; drop one of them"),
         (o.spare_matches and not (o.weight_la and o.weight_u),
          "--spare-matches: spares LA's matches from L_U, so it needs both --weight-la and -u"),
-        (not 0 < o.threshold <= 1,
+        (not 0 < np.min(o.threshold) <= 1,
          f"--threshold {o.threshold}: use a share of the volume's length in (0, 1]"),
-        (not 0 < o.threshold_la <= 1,
+        (not 0 < np.min(o.threshold_la) <= 1,
          f"--threshold-la {o.threshold_la}: use a share of the volume's length in (0, 1]"),
         (o.temperature <= 0, f"--temperature {o.temperature}: use a number above 0"),
         (o.pretrain_steps < 1, "--pretrain-steps: use 1 or more"),
@@ -216,9 +228,9 @@ def global_positional_loss(z, position, threshold, temperature):
         L_GP = - mean_a 1/|P(a)| sum_{p in P(a)}
                    log( exp(sim(z_a,z_p)/tau) / sum_{b != a} exp(sim(z_a,z_b)/tau) )     (GP)
 
-    z [n, d]: image-level projections; position [n] in (0, 1], of the k-th data set + 2k; threshold
-    t; temperature tau. Returns a scalar, chance level ln(n - 1). An anchor without positive is left
-    out (ours); 0 without any.
+    z [n, d]: image-level projections; position [n]: (i + 1) / V of slice i, in the k-th set + 2k;
+    threshold t, one or [n]; temperature tau. Returns a scalar, chance level ln(n - 1). An anchor
+    without positive is left out (ours); 0 without any.
     """
     n = len(z)
     z = F.normalize(z.float(), dim=1)
@@ -243,12 +255,13 @@ def uniformity_loss(x, volume, places=16, sharpness=4., spared=None):
 
         L_U = log mean exp(s sim(X_a[p], X_b[q]))    (ours, after Wang and Isola 2020)
 
-    s = `sharpness`; over m = `places` (or hw, if fewer) random places p, q of all n views a, b,
-    except the same place of the same volume. So it repels two places of one pair of slices, also
-    where LA has just matched them, unless `spared` [n/2, hw, hw] has that p of view a and q of view
-    a + n/2; and one place in two volumes, also in ED and ES of one heart: else a code of the place,
-    read off the zero padding, makes LA 0 without anatomy. x [n, C, h, w] before normalisation,
-    volume [n]. Returns a scalar: about 0.1 when pixels are unrelated, 4 when all are equal.
+    s = `sharpness`; over m = `places` (or hw, if fewer) random places p, q of all n views a, b.
+    Repelled are different places, of one volume or two, and the same place of two volumes: without
+    that the network could read the place off the zero padding and make LA 0 without anatomy. The
+    first also repels what LA has just matched, unless `spared` [n/2, hw, hw] has that p of view a
+    and q of view a + n/2; the second also repels ED and ES of one heart. x [n, C, h, w] before
+    normalisation, volume [n]. Returns a scalar: about 0.1 when pixels are unrelated, 4 when all are
+    equal.
     """
     n = len(x)
     hw = x[0, 0].numel()
@@ -265,7 +278,7 @@ def uniformity_loss(x, volume, places=16, sharpness=4., spared=None):
     if spared is not None:
         a = torch.arange(n // 2, device=x.device)
         spared = spared[:, place][:, :, place]                     # [n/2, m, m]
-        pairs = repelled.view(n, m, n, m)
+        pairs = repelled.view(n, m, n, m)                          # [a, p, b, q], the same memory
         pairs[a, :, a + n // 2] &= ~spared
         pairs[a + n // 2, :, a] &= ~spared.mT
     with torch.autocast(x.device.type, enabled=False):
@@ -278,8 +291,9 @@ def pair_kinds(volume, slice_number, depth, threshold):
     """The four kinds of pairs among n views, our reading of Fig. 1: [n, n] of 1..4, diagonal 0.
 
     1 two views of one slice; 2 two close slices of one volume; 3 a like position in different
-    volumes; 4 far apart. GP attracts kinds 1, 2, 3 and repels all; LA takes kinds 1 and 2.
-    volume, slice_number, depth (= V): [n] each. For reading and tests: training does not call it.
+    volumes; 4 far apart. GP attracts kinds 1, 2, 3 and repels all; LA takes each view and its
+    partner, a pair of kind 1 or 2. volume, slice_number, depth (= V): [n] each; threshold: of GP.
+    For reading and tests: training does not call it.
     """
     volume = torch.as_tensor(np.asarray(volume))
     i = torch.as_tensor(np.asarray(slice_number))
@@ -327,23 +341,31 @@ class Heads(nn.Module):
 def sample_pairs(dataset, numbers, n_pairs, threshold):
     """Numbers in the dataset of the slices i [B], at random, and j [B], near: |i-j| / V < t.
 
-    j = i is allowed: two views of one slice. Drawn from torch's generator.
+    threshold: t, one or that of each slice of the dataset. j = i is allowed: two views of one
+    slice. Drawn from torch's generator.
     """
     first = common.random_slices(numbers, n_pairs)                 # [B]: numbers in the dataset
     V = dataset.depth[first]
+    t = np.broadcast_to(threshold, dataset.depth.shape)[first]     # [B]
     i = dataset.slice[first]                                       # [B]: numbers in the volume
     # the largest |i-j| whose positions are close: |i-j| / V < t + TIE, as `common.is_close` has it
-    reach = np.ceil((threshold + common.TIE) * V).astype(int) - 1
+    reach = np.ceil((t + common.TIE) * V).astype(int) - 1
     lo = np.maximum(i - reach, 0)
     hi = np.minimum(i + reach, V - 1)
     j = lo + (torch.rand(n_pairs).numpy() * (hi - lo + 1)).astype(int)
     return first, first + j - i
 
 
+def by_slice(threshold, pool):
+    """t of every slice of the pool [N]: `threshold` is one number, or one for each of its sets."""
+    return np.resize(threshold, len(pool.datasets))[pool.part]
+
+
 def pair_batch(run, pool):
     """B pairs of close slices as views [2B, C, S, S] (all i, then all j), and numbers [2B]."""
     o = run.o
-    pick = np.concatenate(sample_pairs(pool, pool.numbers, o.pairs, o.threshold_la))
+    t = by_slice(o.threshold_la, pool)                             # [N]
+    pick = np.concatenate(sample_pairs(pool, pool.numbers, o.pairs, t))
     # the same place for both slices of a pair, intensities each their own (ours)
     grid = spatial_grid(o.pairs, o.size, o.pretrain_rotation, run.device)
     grid = grid.repeat(2, 1, 1, 1)                                 # [2B, S, S, 2]
@@ -355,7 +377,7 @@ def pretrain(run):
     """Train encoder and heads on all training slices, without labels; returns pretrained.pt."""
     o = run.o
     pool = common.pretraining_slices(run, run.dataset)
-    torch.manual_seed(1000)
+    torch.manual_seed(o.pretrain_seed)
     unet = run.place(run.unet(classes=2))                          # its head is not used here
     heads = Heads(unet.encoder.widths, o.level).to(run.device)
     parameters = [*unet.encoder.parameters(), *heads.parameters()]
@@ -367,7 +389,8 @@ def pretrain(run):
             x, z = heads(unet.encoder(views))                      # [2B, C, h, w], [2B, d]
         # positions of the k-th set have 2k added, so none is close to one of another set
         position = torch.from_numpy(pool.position[pick])           # [2B]
-        L_GP = global_positional_loss(z, position, o.threshold, o.temperature)
+        t = by_slice(o.threshold, pool)[pick]                      # [2B]
+        L_GP = global_positional_loss(z, position, t, o.temperature)
         x_i, x_j = x.chunk(2)                                      # all i, all j: [B, C, h, w]
         L_WLA = local_alignment_loss(x_i, x_j, o.windows, o.radius)
         spared = None
@@ -380,11 +403,19 @@ def pretrain(run):
         loss.backward()
         optimiser.step()
         if step % 50 == 0:
-            with torch.no_grad():                                  # chance level of WLA
+            with torch.no_grad():                                  # views of other pairs
                 strangers = local_alignment_loss(x_i, x_j.roll(1, 0), o.windows, o.radius)
             run.log("pretrain", step=step, GP=L_GP, GP_chance=math.log(2 * o.pairs - 1), WLA=L_WLA,
                     WLA_strangers=strangers, U=L_U, random_pairs=random_pair_similarity(x))
-    return run.save_pretrained(unet=unet.state_dict(), parts=["encoder"], heads=heads.state_dict())
+    return run.save_pretrained(unet=unet.state_dict(), parts=trained_parts(o),
+                               heads=heads.state_dict())
+
+
+def trained_parts(o):
+    """What pre-training trains of the U-Net, and fine-tuning takes: LA stops at its level."""
+    if o.weight_gp:
+        return ["encoder"]
+    return [f"encoder.blocks.{level}" for level in range(o.level + 1)]
 
 
 # ------------------------------------------------------------------------------------ fine-tuning
@@ -426,7 +457,7 @@ def finetune(run, row, start=None):
 @torch.no_grad()
 def feature_maps(run, images, pretrained=None):
     """X [V, C, h, w] of the slices [V, C, S, S] of one volume; a random network, or pretrained."""
-    torch.manual_seed(1000)                                        # as pre-training starts
+    torch.manual_seed(run.o.pretrain_seed)                         # as pre-training starts
     unet = run.unet(classes=2)
     heads = Heads(unet.encoder.widths, run.o.level)
     if pretrained:

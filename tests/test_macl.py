@@ -192,8 +192,8 @@ def test_shapes_for_any_number_of_decoder_blocks(blocks):
     h = S // 16
     C = 64 // 2 ** blocks
     shapes = {k: [tuple(x.shape) for x in v] for k, v in pairs.items()}
-    assert shapes == {"g": [(3, 128), (3, 128)], "y": [(3, 64, 2, 2), (3, 64, h, h)],
-                      "l": [(3, C, h, h), (3, C, h, h)]}
+    assert shapes == {"g": [(3, 128), (3, 128)], "ER": [(3, 64, 2, 2), (3, 64, h, h)],
+                      "d": [(3, C, h, h), (3, C, h, h)]}
     assert (heads.g_ins is heads.g_ins_aux) == (blocks == 0)
 
 
@@ -203,7 +203,7 @@ def test_which_view_goes_where():
     views = [torch.rand(2, 1, 64, 64, requires_grad=True) for _ in range(4)]       # I1 I2 V1 V2
     pairs = macl.branches(unet.eval(), heads.eval(), views)
     used = []
-    for x in (*pairs["g"], *pairs["y"], *pairs["l"]):
+    for x in (*pairs["g"], *pairs["ER"], *pairs["d"]):
         grads = torch.autograd.grad(x.square().sum(), views, retain_graph=True, allow_unused=True)
         used.append([n for n, g in enumerate(grads) if g is not None and g.abs().max() > 0])
     assert used == [[2], [3], [0], [1], [0], [1]]
@@ -221,9 +221,9 @@ def test_the_decoder_is_in_the_dominant_branch_alone():
     unet, heads = network(2)
     pairs = macl.branches(unet, heads, views)
     assert decoder_gradient(pairs["g"][0], unet).abs().max() > 0
-    assert decoder_gradient(pairs["l"][0], unet).abs().max() > 0
+    assert decoder_gradient(pairs["d"][0], unet).abs().max() > 0
     assert decoder_gradient(pairs["g"][1], unet) is None
-    assert decoder_gradient(pairs["l"][1], unet) is None
+    assert decoder_gradient(pairs["d"][1], unet) is None
     unet, heads = network(2, eq7=True)                             # Eq. 7 has no d in Z^g
     assert decoder_gradient(macl.branches(unet, heads, views)["g"][0], unet) is None
 
@@ -241,7 +241,7 @@ def test_the_encoder_is_shared_and_the_branches_are_asymmetric():
     views = torch.rand(4, 2, 1, 64, 64)
     pairs = macl.branches(unet, heads, views)
     weight = unet.encoder.blocks[0][0].weight
-    for x in (*pairs["g"], *pairs["y"], *pairs["l"]):              # each branch trains it
+    for x in (*pairs["g"], *pairs["ER"], *pairs["d"]):             # each branch trains it
         gradient = torch.autograd.grad(x.square().sum(), weight, retain_graph=True)[0]
         assert gradient.abs().max() > 0
     sizes = []
@@ -254,7 +254,7 @@ def test_the_encoder_is_shared_and_the_branches_are_asymmetric():
         weight.add_(.5)
         moved = macl.branches(unet, heads, views)
     handle.remove()
-    assert sizes == [(4, 1, 64, 64), (4, 1, 16, 16)]               # one encoder, two sizes
+    assert sizes == 2 * [(2, 1, 64, 64), (2, 1, 16, 16)]           # one encoder, two sizes
     for key in pairs:
         for before, after in zip(pairs[key], moved[key]):
             assert not torch.allclose(before, after)
@@ -262,8 +262,8 @@ def test_the_encoder_is_shared_and_the_branches_are_asymmetric():
     I1, I2, V1, V2 = views
     Y_aux = unet.encoder(I2)[-1]
     want = {"g": (heads.g_ins(decoded(unet, V1)), heads.g_ins_aux(unet.encoder(V2)[-1])),
-            "y": (unet.encoder(quarter(I1))[-1], Y_aux),
-            "l": (decoded(unet, I1), heads.g_pix_aux(Y_aux))}
+            "ER": (unet.encoder(quarter(I1))[-1], Y_aux),
+            "d": (decoded(unet, I1), heads.g_pix_aux(Y_aux))}
     for key in want:
         for got, alone in zip(moved[key], want[key]):
             assert torch.allclose(got, alone, atol=1e-5), key
@@ -514,9 +514,26 @@ def test_optimiser_of_pretraining():
         assert {id(p) for p in optimiser.param_groups[0]["params"]} == {id(p) for p in own}
 
 
+@pytest.mark.parametrize("flags, blocks", [
+    ((), 1),
+    (("--lambda1", 0), 1),
+    (("--lambda2", 0), 1),
+    (("--lambda2", 0, "--eq7"), 0),                                # L_g from the encoder
+    (("--lambda1", 0, "--lambda2", 0), 0),                         # L_ER alone
+])
+def test_decoder_blocks_are_taken_where_a_loss_trains_them(flags, blocks, begin):
+    run_ = begin("--pretrain-steps", 2, *flags)
+    start = macl.pretrain(run_, run_.dataset)
+    assert start["parts"] == ["encoder", "decoder.ups.0", "decoder.blocks.0"][:1 + 2 * blocks]
+    torch.manual_seed(run_.o.pretrain_seed)
+    before = run_.unet(classes=2).state_dict()["decoder.ups.0.weight"]
+    assert torch.equal(start["unet"]["decoder.ups.0.weight"], before) == (not blocks)
+
+
 def test_equivariance_trains_the_encoder(begin):
     """L_ER alone falls when it is trained alone."""
-    run_ = begin("--pretrain-steps", 60, "--lambda1", 0, "--lambda2", 0)
+    run_ = begin("--pretrain-steps", 60, "--pretrain-lr", .01, "--lambda1", 0,
+                 "--lambda2", 0)
     macl.pretrain(run_, run_.dataset)
     steps = {r["step"]: r["ER"] for r in common.read_log(run_.out) if "step" in r}
     assert steps[50] < .7 * steps[0]

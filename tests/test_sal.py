@@ -1,6 +1,7 @@
 """SAL: its options, what it takes from pre-training, what it writes. Losses: test_losses.py."""
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,17 +79,66 @@ def test_each_threshold_has_its_loss(finished, phantom, tmp_path, monkeypatch):
     loss = sal.global_positional_loss
 
     def sample_pairs(dataset, numbers, n_pairs, threshold):
-        seen.append(threshold)
+        seen.append(set(threshold))
         return pairs(dataset, numbers, n_pairs, threshold)
 
     def positional(z, position, threshold, temperature):
-        seen.append(threshold)
+        seen.append(set(threshold))
         return loss(z, position, threshold, temperature)
 
     monkeypatch.setattr(sal, "sample_pairs", sample_pairs)
     monkeypatch.setattr(sal, "global_positional_loss", positional)
     sal.pretrain(run_)
-    assert seen == [.2, .35]
+    assert seen == [{.2}, {.35}]
+
+
+def test_each_set_keeps_its_own_threshold(finished, phantom, tmp_path):
+    """Of two sets pre-trained on, ACDC has t = 0.35 and the other 0.1, whatever slice is drawn."""
+    _, work, _ = finished("sal")
+    sal, run_ = begun(phantom, work, tmp_path, "--pretrain-data", phantom)
+    acdc = SimpleNamespace(layout="ACDC")
+    run_.sources = [run_.cases, acdc]
+    run_.o.threshold = run_.o.threshold_la = None
+    sal.check(run_)
+    assert run_.o.threshold == run_.o.threshold_la == [.1, .35]
+    d = run_.dataset
+    pool = common.Pool([(d, run_.train), (d, d.of_patients(run_.split["val"]))])
+    t = sal.by_slice(run_.o.threshold, pool)
+    assert (t == np.where(pool.part == 0, .1, .35)).all() and {*t} == {.1, .35}
+    i, j = sal.sample_pairs(pool, pool.numbers, 400, t)
+    assert (np.abs(pool.slice[i] - pool.slice[j]) < t[i] * pool.depth[i] + 1e-5).all()
+    far = np.abs(pool.slice[i] - pool.slice[j])
+    assert far[pool.part[i] == 1].max() > far[pool.part[i] == 0].max()
+    close = common.is_close(pool.position, t)
+    assert torch.equal(close, close.T)                             # two sets are never close
+    one = pool.part == 1
+    assert torch.equal(close[one][:, one], common.is_close(pool.position[one], .35))
+
+
+def test_without_gp_only_the_levels_that_la_trains_are_taken(finished, phantom, tmp_path):
+    """Deeper blocks get no gradient; handed over they would be random, at the rate of the rest."""
+    _, work, _ = finished("sal")
+    sal, run_ = begun(phantom, work, tmp_path, "--weight-gp", 0, "--level", 2, "--windows", 1,
+                      "--pretrain-steps", 3, "--pretrained-lr", 0, "--lr", 0)
+    start = sal.pretrain(run_)
+    assert start["parts"] == ["encoder.blocks.0", "encoder.blocks.1", "encoder.blocks.2"]
+    torch.manual_seed(1000)
+    before = run_.unet(classes=2).state_dict()
+    for name, value in start["unet"].items():
+        if name.endswith("0.weight") and name.startswith("encoder"):
+            taken = any(name.startswith(part) for part in start["parts"])
+            moved = (value - before[name]).abs().max() > 1e-4      # more than weight decay
+            assert moved == taken, name
+
+
+def test_the_seed_of_pre_training(finished, phantom, tmp_path):
+    _, work, _ = finished("sal")
+    first = []
+    for seed in (1, 1, 2):
+        sal, run_ = begun(phantom, work, tmp_path / str(len(first)), "--pretrain-steps", 1,
+                          "--pretrain-seed", seed)
+        first.append(sal.pretrain(run_)["unet"]["encoder.blocks.0.0.weight"])
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 
 
 def test_the_figure_seeks_where_training_seeks(finished, phantom, tmp_path, monkeypatch):
