@@ -16,9 +16,9 @@ Paper, code, and what we chose. [paper]: its abstract, captions and published re
 of its method section could be read; [base]: the published code of MCSC (BMVC 2023), which it
 extends; [ours]: silent there, or changed by us. The authors' repository holds a README only.
  1. Registration is done offline [paper]. How is ours: every volume to every labelled one, in the
-    box about the labelled volume's label; affine from 225 starts, corrected from the other side;
-    then each way the flow of a smooth velocity, coarse to fine, on the signed square of local
-    cross-correlation.
+    box about the labelled volume's label; affine from 225 starts, then corrected: the piece of the
+    volume that it found is registered to the whole labelled volume; then each way the flow of a
+    smooth velocity, coarse to fine, on the signed square of local cross-correlation.
  2. Best registration selection (BRS) by cycle consistency [paper]; its score is the mean of
     || T_back(T_there(x)) - x || over the labelled volume's organs [ours]: over the whole box, most
     of it background, it does not rank registrations (results/cct_r.md).
@@ -27,11 +27,11 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     `--atlases 3` averages the one-hot labels of the three smallest cycle errors [ours].
  4. REPS: positives from registration, from a memory bank; for an anchor "the anatomically-closest
     point in each 3D volume" [paper, Fig. 2]. Ours: a step's anchors, half of them organ, are one
-    group of the contrast of no. 6, for each network by itself; labelled slices alone at first, as
-    there. From the bank each anchor gets further positives: of every other volume the one feature
-    whose common place is nearest, if within 8 mm; a common place is found through the best partner
-    in the frame of the first labelled volume. The bank is never a negative. `--radius .001` leaves
-    only the group: a control.
+    group of the contrast of no. 6, for each network by itself, of labelled slices alone for as long
+    as there. From the bank each anchor gets further positives: of every other volume the one
+    feature whose common place is nearest, if within 8 mm; a common place is found through the best
+    partner in the frame of the first labelled volume. The bank is never a negative. `--radius .001`
+    leaves only the group: a control.
  5. Cross teaching: Dice with the other's arg max, 0.1 exp(-5 (1 - t/T_r)^2), T_r = 3/4 of the steps
     [base]. In all losses of the two networks Dice of all classes, squared denominators [base]; in
     the baseline that of the other scripts: foreground, linear [ours].
@@ -64,7 +64,7 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
 
 Letters: B slices drawn at once (2B: those of both networks), C channels, K classes, S network size,
 V slices of a volume, Z, Y, X and z, y, x voxels of a box and its control points, d features of a
-pixel, n pixels of a group or anchors, G groups, N slices of a dataset, t of T steps; in the bank V
+pixel, n pixels of a group or anchors, G groups, N slices of a dataset, t of T steps; in the bank U
 volumes of M features each; in the losses z features, y classes, i an anchor, P(i) and R(i) its
 positives; u an unlabelled volume, l* its best labelled partner.
 """
@@ -85,7 +85,7 @@ import common
 from common import DataError, cosine, photometric, spatial_grid, warp
 
 METHOD = "cct_r"
-REGISTRATION_VERSION = 4
+REGISTRATION_VERSION = 5
 
 # ---------------------------------------------------------------------------------------- options
 
@@ -100,7 +100,7 @@ OPTIONS = [
     ("spacing", None, 2.5, 1.5, "mm a pixel in plane; 2 on ACDC (base: slices resized)"),
     ("size", None, 64, 224, "S, crop in pixels, divisible by 16; 96 on ACDC"),
     ("stiffness", .3, None, None, "of registration: weight of the velocity's mean square gradient"),
-    ("no_brs", False, None, None, "ablation: partners in turn, not by cycle consistency"),
+    ("no_brs", False, None, None, "ablation: partners at random, not by cycle consistency"),
     ("atlases", 1, None, None, "labelled volumes whose warped labels RSL averages (ours)"),
     ("steps", 1200, 240, 40000, "T, steps of training, also from scratch"),
     ("labelled_batch", 2, 4, 2, "labelled slices a step, seen by both networks"),
@@ -236,16 +236,17 @@ def balanced_parts(z, y, temperature):
     others = 1 - torch.eye(z.shape[-2], device=z.device)           # [n, n]: a != i
     E = ((z @ z.mT - 1) / temperature).exp() * others              # [..., n, n]
     # w_ia depends on the classes of i and a alone: sum over each class, then divide by its w
-    D = (E @ Y / w).sum(-1)                                        # [..., n]
+    by_class = E @ Y                                               # [..., n, K]
+    D = (by_class / w).sum(-1)                                     # [..., n]
     return attract, count, D
 
 
 def mean_contrast(attract, count, D, temperature):
     """Mean of L_i = log D_i - attract_i / count_i over the i with count > 0; 0 without any."""
     log_D = D.clamp(min=1e-30).log() + 1 / temperature             # see `balanced_parts`
-    has = count > 0
-    L = (log_D - attract / count.clamp(min=1)) * has
-    return L.sum() / has.sum().clamp(min=1)
+    has_positive = count > 0
+    L = (log_D - attract / count.clamp(min=1)) * has_positive
+    return L.sum() / has_positive.sum().clamp(min=1)
 
 
 def balanced_contrastive_loss(z, y, temperature):
@@ -273,17 +274,17 @@ def reps_loss(z, y, r, near, temperature):
 
     P(i) and w_ia as in `balanced_contrastive_loss`, the group being the anchors; the last sum only
     where R(i) is not empty. So what R(i) holds is never a negative, and needs no class. z [n, d]
-    before normalisation, y [n]; r [n, V, d] of length 1: r_q, the candidate of each volume q, near
-    [n, V]: whether q is in R(i). Returns a scalar, the mean over the anchors that have a positive.
+    before normalisation, y [n]; r [n, U, d] of length 1: r_q, the candidate of each volume q, near
+    [n, U]: whether q is in R(i). Returns a scalar, the mean over the anchors that have a positive.
     """
     z = F.normalize(z.float(), dim=-1)
     attract, count, D = balanced_parts(z, y, temperature)
-    sim = (z[:, None] * r).sum(-1) / temperature                   # [n, V]
+    sim = (z[:, None] * r).sum(-1) / temperature                   # [n, U]
     E = (sim - 1 / temperature).exp()                              # times exp(-1 / tau), as D
-    number = near.sum(1)                                           # [n]: |R(i)|
-    D = D + (E * near).sum(1) / number.clamp(min=1)
+    from_bank = near.sum(1)                                        # [n]: |R(i)|
+    D = D + (E * near).sum(1) / from_bank.clamp(min=1)
     attract = attract + (sim * near).sum(1)
-    return mean_contrast(attract, count + number, D, temperature)
+    return mean_contrast(attract, count + from_bank, D, temperature)
 
 
 def cut(x, size, offset=(0, 0)):
@@ -344,7 +345,7 @@ class MemoryBank(nn.Module):
         for v in volume.unique():
             own = torch.nonzero(volume == v)[-size:, 0]            # [m]
             index = self.next[v] + torch.arange(len(own), device=own.device)
-            index = index % size                                   # [m]
+            index = index % size                                   # [m]: a ring, the oldest go
             self.z[v, index] = z[own]
             self.place[v, index] = place[own]
             self.next[v] = (self.next[v] + len(own)) % size
@@ -352,12 +353,12 @@ class MemoryBank(nn.Module):
     def nearest(self, place, volume, radius):
         """R(i): from every volume but the own the one feature nearest to each place [n, 3] in mm.
 
-        Returns (features [n, V, d], whether within `radius` mm [n, V]).
+        Returns (features [n, U, d], whether within `radius` mm [n, U]).
         """
-        away = torch.cdist(place, self.place.flatten(0, 1))        # [n, V size]
-        away = away.unflatten(1, self.place.shape[:2])             # [n, V, size]
-        distance, index = away.min(2)                              # [n, V] each
-        every = torch.arange(len(self.z), device=place.device)     # [V]
+        away = torch.cdist(place, self.place.flatten(0, 1))        # [n, U M]
+        away = away.unflatten(1, self.place.shape[:2])             # [n, U, M]
+        distance, index = away.min(2)                              # [n, U] each
+        every = torch.arange(len(self.z), device=place.device)     # [U]
         near = (distance <= radius) & (every != volume[:, None])
         return self.z[every, index], near
 
@@ -438,10 +439,11 @@ def base_grid(n, size, device):
 
     Half of them are turned by quarters and flipped, a quarter rotated by up to 20 degrees.
     """
-    kind = torch.rand(n)
+    kind = torch.rand(n)                                           # below 0.5, to 0.75, above
     quarters = math.pi / 2 * torch.randint(4, (n,))
     small = math.pi / 9 * (2 * torch.rand(n) - 1)
-    angle = torch.where(kind < .5, quarters, small * (kind < .75))
+    angle = torch.where(kind < .75, small, 0.)
+    angle = torch.where(kind < .5, quarters, angle)
     flip = torch.where(kind < .5, -1., 1.)
     zero = torch.zeros(n)
     cos, sin = angle.cos(), angle.sin()
@@ -502,8 +504,8 @@ def pixels_of(batch, maps, classes):
 def joined(first, second):
     """The `Pixels` of labelled and of unlabelled slices in one batch."""
     both = []
-    for a, b in zip(first, second):
-        both.append([torch.cat(pair) for pair in zip(a, b)])
+    for a, b in zip(first, second):                                # lists of two: of each network
+        both.append([torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])])
     return Pixels(*both)
 
 
@@ -604,9 +606,9 @@ def train(run, row, registered):
         L_CT = L_RSL = L_contrast = L_REPS = 0.
         if not o.no_cross_teaching:
             L_CT = cross_teaching_loss(*maps_u.logits)
-        # L_RSL = sum over both networks of 0.5 (CE + Dice)(p_u, y~_u), where y~_u = T_back(y_l*)
-        # is a warped label, never the true one    (RSL) [ours]
-        # l*: the best partner (BRS); y~_u is made in `Registered.place_volume`
+        # L_RSL = sum over both networks of 0.5 (CE + Dice)(p_u, y~_u)    (RSL) [ours]
+        # y~_u(x) = y_l*(T_back(x)), a warped label, never the true one: pixel x of u takes the
+        # label of the best partner l* (BRS) at T_back(x); made in `Registered.place_volume`
         if not o.no_rsl:
             L_RSL = sum(segmentation_loss(logits, unlabelled.label) for logits in maps_u.logits)
         pixels = pixels_of(labelled, maps, [labelled.label] * 2)
@@ -876,7 +878,7 @@ def register_affine(fixed, weight, p, moving, step, steps=40, keep=4, turn=.5):
         (.3 * M.square().sum() - s.sum()).backward()
         optimiser.step()
     s = s.detach()
-    choice = s.view(keep, B).argmax(0) * B + every                 # [B]
+    choice = s.view(keep, B).argmax(0) * B + every                 # [B]: start k of b is k B + b
     return now.detach()[choice], s[choice]
 
 
@@ -961,8 +963,8 @@ def jacobian(u, shape, step):
 def cycle_error(there, back, p, step):
     """|| T_back(T_there(x)) - x || in mm at the places p [Z, Y, X, 3]; 0: they undo each other.
 
-    there, back [B, 3, Z, Y, X]: displacements on a grid with voxels of `step` mm about the centre
-    of p's volume; of the affine map nothing is left, as A and its inverse cancel. Returns
+    there, back [B, 3, Z, Y, X]: displacements on a grid with voxels of `step` mm, whose centre is
+    the origin of p; of the affine map nothing is left, as A and its inverse cancel. Returns
     [B, Z, Y, X].
     """
     every = p.expand(len(there), *p.shape)                         # [B, Z, Y, X, 3]
@@ -987,12 +989,17 @@ class Stack:
         return points(self.shape, self.step)
 
 
-def registration_grid(dataset):
-    """Shape and voxels (mm) of the grid of all volumes: twice the pixel, 2/3 of a thick slice."""
-    thick = [c["spacing"][0] for c in dataset.info["cases"]]
-    deep = max(c["spacing"][0] * c["shape"][0] for c in dataset.info["cases"])
-    pixel = 2 * dataset.info["target"]
-    side = dataset.info["size"] // 2
+def registration_grid(run):
+    """Shape and voxels (mm) of the grid of all volumes: twice the pixel, 2/3 of a thick slice.
+
+    As the training volumes need it; no other is registered.
+    """
+    info = run.dataset.info
+    train = [c for c in info["cases"] if c["patient"] in run.split["train"]]
+    thick = [c["spacing"][0] for c in train]
+    deep = max(c["spacing"][0] * c["shape"][0] for c in train)
+    pixel = 2 * info["target"]
+    side = info["size"] // 2
     step = (max(float(np.median(thick)) / 1.5, pixel), pixel, pixel)
     return (math.ceil(deep / step[0]), side, side), step
 
@@ -1023,9 +1030,9 @@ class Box(NamedTuple):
 class Frame:
     """One labelled volume; in a box about its label others are registered to it.
 
-    The box is wider than the label by a fifth each way. box: on the voxels of registration; wide:
-    on larger ones; label: one-hot [1, K, V, S, S]; organs [Z, Y, X]: 1 in the organs of `box`;
-    whole [1, 2, Z, Y, X]: image and mask of all of the volume, to be moved itself.
+    The box is wider than the label by a fifth each way. box: on the voxels of registration; coarse:
+    on larger ones, for the affine map; label: one-hot [1, K, V, S, S]; organs [Z, Y, X]: 1 in the
+    organs of `box`; whole [1, 2, Z, Y, X]: image and mask of all of the volume, to be moved itself.
     """
     def __init__(self, run, n):
         dataset = run.dataset
@@ -1042,14 +1049,14 @@ class Frame:
         self.centre = (lo + hi) / 2
         size = ((hi - lo) * 1.4).cpu().tolist()
 
-        def box(step):
+        def box_with(step):
             counts = [max(4, math.ceil(s / mm)) for s, mm in zip(size, step)]
             p = points(counts, step, self.centre)
             return Box(p, step, *on_grid(dataset, n, p).split(1, 1))
 
-        shape, step = registration_grid(dataset)
-        self.box = box(step)
-        self.wide = box([max(s, 2 * step[1]) for s in step])
+        shape, step = registration_grid(run)
+        self.box = box_with(step)
+        self.coarse = box_with([max(s, 2 * step[1]) for s in step])
         background = self.label[:, :1]
         self.organs = sample(1 - background, self.box.p[None], self.volume.step)[0, 0]
         self.whole = on_grid(dataset, n, points(shape, step))
@@ -1069,11 +1076,12 @@ class Frame:
         """This volume's label, one-hot, linearly, on the voxels of a `Stack`: [K, V, S, S].
 
         Pulled: a voxel y of the other takes the label at T_back(y), so that labels go from here to
-        there by the map from there to here. Outside the box all but nothing, for background.
+        there by the map from there to here. Where no label arrives, as outside the box, there is
+        background; the K values of a voxel sum to 1.
         """
         x = self.places(pair, volume.points()).nan_to_num(1e6)     # [V, S, S, 3]
         there = sample(self.label, x[None], self.volume.step)[0]   # [K, V, S, S]
-        there[0] += 1e-3                                           # where all are 0
+        there[0] += 1 - there.sum(0)
         return there
 
     def warp_label(self, pair, volume):
@@ -1092,14 +1100,13 @@ def register_batch(frame, moving, step, stiffness):
     [3, z, y, x] at control points; similarity `before`, after A (`affine`) and `after` all; `cycle`
     error in mm (mean over the frame's organs); share of voxels that T_back has `folded`.
     """
-    box, wide = frame.box, frame.wide
+    box, coarse = frame.box, frame.coarse
     p = box.p - frame.centre                                       # [Z, Y, X, 3]
     shape = p.shape[:3]
-    A, _ = register_affine(wide.image, wide.weight, wide.p, moving, step)
-    # from the other side: the box that A has found in the volume, registered to the whole volume of
-    # the frame, corrects A
-    image, weight = sample(moving, move(A, wide.p), step).split(1, 1)
-    correction, _ = register_affine(image, weight, wide.p, frame.whole, step)
+    A, _ = register_affine(coarse.image, coarse.weight, coarse.p, moving, step)
+    # the piece of the volume that A has found, registered to the whole labelled volume, corrects A
+    image, weight = sample(moving, move(A, coarse.p), step).split(1, 1)
+    correction, _ = register_affine(image, weight, coarse.p, frame.whole, step)
     A = after_another(A, inverse(correction))
     every = box.p.expand(len(moving), *box.p.shape)                # [B, Z, Y, X, 3]
     m_first, w_first = sample(moving, every, step).split(1, 1)     # [B, 1, Z, Y, X] each
@@ -1126,13 +1133,14 @@ def register_batch(frame, moving, step, stiffness):
 
 
 def register_all(run, volumes, labelled):
-    """Register every volume to every labelled one: {(volume, labelled): pair}, {labelled: Frame}.
+    """Register every volume to every labelled one.
 
-    A batch is one file in the cache, under a key that holds the dataset and the options, so that a
-    second run reads, and a killed run goes on. There is nothing random in it.
+    Returns {(volume, labelled): pair}, {labelled: Frame}, and the seconds it took. A batch is one
+    file in the cache, under a key that holds the dataset and the options, so that a second run
+    reads, and a killed run goes on. There is nothing random in it.
     """
     o, dataset = run.o, run.dataset
-    shape, step = registration_grid(dataset)
+    shape, step = registration_grid(run)
     data = Path(dataset.images.filename).parent.name               # the key of the prepared slices
     made_of = json.dumps([REGISTRATION_VERSION, data, volumes, o.stiffness])
     key = hashlib.sha1(made_of.encode()).hexdigest()[:16]
@@ -1143,27 +1151,33 @@ def register_all(run, volumes, labelled):
     here = torch.get_default_device()
     pairs = {}
     moving = {}
+    seconds = 0.
     todo = [(n, batch) for n in labelled for batch in batches]
     for n, batch in tqdm(todo, "register", disable=None):
         file = folder / f"{n}-{batch[0]}.pt"
         if not file.exists():
+            begun = common.clock(run.device)
             for u in batch:
                 if u not in moving:
                     moving[u] = on_grid(dataset, u, grid)          # [1, 2, Z, Y, X]
             images = torch.cat([moving[u] for u in batch])         # [B, 2, Z, Y, X]
             made = register_batch(frames[n], images, step, o.stiffness)
-            common.save_checkpoint(file, method=METHOD, options={}, pairs=made)
-        for u, pair in zip(batch, common.load_checkpoint(file, METHOD)["pairs"]):
+            common.save_checkpoint(file, method=METHOD, options={}, pairs=made,
+                                   seconds=common.clock(run.device) - begun)
+        content = common.load_checkpoint(file, METHOD)
+        seconds += content["seconds"]
+        for u, pair in zip(batch, content["pairs"]):
             pairs[u, n] = {name: value.to(here) for name, value in pair.items()}
-    return pairs, frames
+    return pairs, frames, seconds
 
 
 class Registered:
     """What registration knows with the first n labelled patients.
 
-    volumes, labelled: numbers of the training volumes, and of those with a label; pairs, frames: of
-    `register_all`, on `device`; warped uint8 [N, S, S]: labels for slices of unlabelled volumes,
-    else 0; places float16 [N, 3, S, S]: common places of slices in mm, nan where there is none.
+    volumes, labelled: numbers of the training volumes, and of those with a label; pairs, frames,
+    seconds: of `register_all`, on `device`; warped uint8 [N, S, S]: labels for slices of unlabelled
+    volumes, else 0; places float16 [N, 3, S, S]: common places of slices in mm, nan where there is
+    none.
     """
     def __init__(self, run, n):
         patients = run.patients(n)
@@ -1178,22 +1192,22 @@ class Registered:
         self.warped = torch.zeros(N, S, S, dtype=torch.uint8)
         self.places = torch.full((N, 3, S, S), torch.nan, dtype=torch.float16)
         with self.device:                                          # new tensors are made there
-            self.pairs, self.frames = register_all(run, self.volumes, self.labelled)
+            self.pairs, self.frames, self.seconds = register_all(run, self.volumes, self.labelled)
             for u in self.volumes:
                 self.place_volume(Stack(run.dataset, u), u)
 
     def partners(self, volume):
         """BRS: the labelled volumes by their cycle error, l* first; never the volume itself.
 
-        With --no-brs they are taken in turn, whatever their registration is worth.
+        With --no-brs they are in random order, whatever their registration is worth.
         """
         def cycle(n):
             return self.pairs[volume, n]["cycle"].item()
 
         others = [n for n in self.labelled if n != volume]
-        first = volume % len(others)
-        if self.o.no_brs:
-            return others[first:] + others[:first]
+        if self.o.no_brs:                                          # its own order for each volume
+            order = np.random.default_rng(volume).permutation(len(others))
+            return [others[k] for k in order]
         return sorted(others, key=cycle)
 
     def place_volume(self, volume, u):
@@ -1203,9 +1217,10 @@ class Registered:
         to l*, and from there to the frame of the first labelled volume, the common one.
         """
         first = self.labelled[0]
-        partner = u
         x = volume.points()                                        # [V, S, S, 3]
-        if u not in self.labelled:
+        if u in self.labelled:                                     # its own partner
+            partner = u
+        else:
             partners = self.partners(u)
             partner = partners[0]
             x = self.frames[partner].places(self.pairs[u, partner], x)
@@ -1398,11 +1413,11 @@ def pair_row(run, registered, u, n):
 
 def registrations(run):
     """{n: what registration knows with the first n labelled patients}, computed or read."""
-    begun = common.clock(run.device)
     registered = {n: Registered(run, n) for n in sorted(run.o.labelled)}
     if not run.o.claims:                                           # a worker's parent has done this
-        run.log("registration", seconds=common.clock(run.device) - begun)
-        write_registrations(run, registered[max(run.o.labelled)])
+        most = registered[max(run.o.labelled)]
+        run.log("registration", seconds=most.seconds)              # when it was made
+        write_registrations(run, most)
     return registered
 
 
@@ -1421,10 +1436,15 @@ def write_registrations(run, registered):
         print(f"  {name:18} {common.nanmean(every):6.3f} ({common.nanmean(some):.3f})")
     judged = [row for row in rows if "dice_after" in row]
     if judged:                                                     # Spearman's
-        errors = np.argsort([row["cycle_error_mm"] for row in judged])
-        dice = np.argsort([row["dice_after"] for row in judged])
-        rank = np.corrcoef(np.argsort(errors), np.argsort(dice))[0, 1]
-        print(f"  rank correlation of cycle error and Dice {rank:.2f}")
+        errors = ranks([row["cycle_error_mm"] for row in judged])
+        dice = ranks([row["dice_after"] for row in judged])
+        correlation = np.corrcoef(errors, dice)[0, 1]
+        print(f"  rank correlation of cycle error and Dice {correlation:.2f}")
+
+
+def ranks(values):
+    """The place of each value in their order, from 0: [n]."""
+    return np.argsort(np.argsort(values))
 
 
 @torch.no_grad()
@@ -1453,7 +1473,7 @@ def draw_registration(run, registered):
 
 def registration_pictures(run, registered, u, n):
     """The four pictures of the pair (u, n) and the Jacobian, on the middle slice of the box."""
-    shape, step = registration_grid(run.dataset)
+    shape, step = registration_grid(run)
     moving = on_grid(run.dataset, u, points(shape, step))          # [1, 2, Z, Y, X]
     pair = registered.pairs[u, n]
     box = registered.frames[n].box

@@ -456,7 +456,7 @@ def consistency_loss(logits, target):
     return (logits.softmax(1) - target).square().sum(1).mean()
 
 
-def unlabelled_loss(run, student, teacher, n):
+def on_unlabelled(run, student, teacher, n):
     """The consistency loss on n unlabelled slices; for the teacher their intensities stay.
 
     They go through the student apart from the labelled slices: in one batch, batch normalisation
@@ -513,7 +513,7 @@ def finetune(run, row, start=None):
                  "dice_loss": common.dice_loss(logits, label)}
         loss = terms["cross_entropy"] + terms["dice_loss"]
         if mean_teacher:
-            terms["consistency"] = unlabelled_loss(run, unet, teacher, U)
+            terms["consistency"] = on_unlabelled(run, unet, teacher, U)
             loss = loss + o.teacher_weight * ramp(step, .4 * o.steps) * terms["consistency"]
         optimiser.zero_grad()
         loss.backward()

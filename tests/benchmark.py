@@ -395,7 +395,7 @@ def print_contrast(setup, o):
 
 def print_registration(run):
     """Registering volumes to one in a batch against one by one."""
-    shape, step = cct_r.registration_grid(run.dataset)
+    shape, step = cct_r.registration_grid(run)
     grid = cct_r.points(shape, step)
     labelled = [n for n, case in enumerate(run.cases) if case.label]
     frame = cct_r.Frame(run, labelled[0])

@@ -5,6 +5,7 @@ import copy
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -719,7 +720,8 @@ def test_registration_helps(setting, registered):
 def test_registration_is_cached(setting, registered, monkeypatch):
     """A second run does not register, a run with other options does."""
     monkeypatch.setattr(cct_r, "register_batch", None)
-    again, _ = cct_r.register_all(setting, registered.volumes, registered.labelled)
+    again, _, seconds = cct_r.register_all(setting, registered.volumes, registered.labelled)
+    assert seconds == registered.seconds > 1                       # what it took when it was made
     assert set(again) == set(registered.pairs)
     for key, pair in registered.pairs.items():
         assert all(torch.equal(again[key][name], pair[name]) for name in pair)
@@ -742,7 +744,7 @@ def test_a_killed_registration_goes_on(setting, registered, monkeypatch):
         return register_batch(*arguments)
 
     monkeypatch.setattr(cct_r, "register_batch", counted)
-    again, _ = cct_r.register_all(setting, registered.volumes, registered.labelled)
+    again, _, _ = cct_r.register_all(setting, registered.volumes, registered.labelled)
     assert len(made) == 1
     for u in registered.volumes:
         pair = registered.pairs[u, label]
@@ -773,7 +775,44 @@ def test_partners(setting, registered):
     assert labelled[0] not in registered.partners(labelled[0])
     without = cct_r.Registered(changed(setting, no_brs=True), 2)
     assert {without.partners(v)[0] for v in registered.volumes} == set(labelled)
+    assert without.partners(u) == without.partners(u)              # the same in every run
     assert not torch.equal(without.warped, registered.warped)
+
+
+def test_random_partners_do_not_know_the_heart_phase(registered, monkeypatch):
+    """--no-brs: volumes alternate between ED and ES, and the partner's phase must not follow."""
+    monkeypatch.setattr(registered, "o", SimpleNamespace(no_brs=True))
+    monkeypatch.setattr(registered, "labelled", [0, 1])
+    same = [registered.partners(v)[0] % 2 == v % 2 for v in range(2, 102)]
+    assert 30 < sum(same) < 70
+
+
+def test_the_grid_of_registration_knows_training_volumes_alone(setting):
+    """A deep or thick test volume does not change it."""
+    want = cct_r.registration_grid(setting)
+    cases = setting.dataset.info["cases"]
+    deep = []
+    for case in cases:
+        scored = case["patient"] not in setting.split["train"]
+        deep.append({**case, "spacing": [100., 1., 1.]} if scored else case)
+    assert deep != cases
+    dataset = SimpleNamespace(info={**setting.dataset.info, "cases": deep})
+    assert cct_r.registration_grid(SimpleNamespace(dataset=dataset, split=setting.split)) == want
+
+
+def test_beyond_an_atlas_there_is_background(setting, registered):
+    """Warped one-hot labels sum to 1, also where the atlas has no voxel: there it says background.
+
+    Else two atlases that end there would be outvoted by a third that does not.
+    """
+    u = next(v for v in registered.volumes if v not in registered.labelled)
+    volume = Stack(setting.dataset, u)
+    for n in registered.labelled:
+        pair = registered.pairs[u, n]
+        warped = registered.frames[n].warp_one_hot(pair, volume)   # [K, V, S, S]
+        assert torch.allclose(warped.sum(0), torch.ones(()), atol=1e-5)
+        outside = registered.frames[n].places(pair, volume.points()).isnan().any(-1)
+        assert outside.any() and (warped[0][outside] == 1).all()
 
 
 def test_labels_of_several_atlases(setting, registered):
