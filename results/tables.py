@@ -232,7 +232,7 @@ def draw_length(path):
     pix2rep = dice_by_steps("pix2rep")
     figure, axis = new_axis()
     axis.axvspan(300, 3300, color="tab:gray", alpha=.15, lw=0)
-    axis.text(1000, .02, "updates of others' baselines", fontsize=7, ha="center",
+    axis.text(1000, .96, "updates of others' baselines", fontsize=7, ha="center", va="top",
               transform=axis.get_xaxis_transform())                # y as a share of the axis
     for labelled in sorted(scratch.keys() & pix2rep.keys()):
         best = max(pix2rep[labelled].values())
