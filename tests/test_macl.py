@@ -209,6 +209,17 @@ def test_which_view_goes_where():
     assert used == [[2], [3], [0], [1], [0], [1]]
 
 
+def test_every_view_has_batch_statistics_of_its_own():
+    """While training, Z^g and Z~^g of V1, V2 do not depend on I1, I2, whose maps are beside them."""
+    unet, heads = network(2)
+    I1, I2, V1, V2 = torch.rand(4, 3, 1, 64, 64)
+    first = macl.branches(unet, heads, (I1, I2, V1, V2))["g"]
+    other = macl.branches(unet, heads, (5 * I1, 5 * I2, V1, V2))["g"]
+    alone = macl.branches(unet, heads, (I1, I2, V1, V2), dense=False)["g"]
+    for n in (0, 1):
+        assert torch.equal(first[n], other[n]) and torch.equal(first[n], alone[n])
+
+
 def decoder_gradient(x, unet):
     """The gradient of x in the decoder's first layer, None where x does not depend on it."""
     weight = unet.decoder.ups[0].weight
