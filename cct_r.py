@@ -71,7 +71,7 @@ positives; u an unlabelled volume, l* its best labelled partner.
 import hashlib
 import json
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +86,10 @@ from common import DataError, cosine, photometric, spatial_grid, warp
 
 METHOD = "cct_r"
 REGISTRATION_VERSION = 5
+TURN = .5                           # registration: turn of the affine starts in rad
+REFINED = 4                         # affine starts that are refined
+LEVELS = ((9, 2), (15, 1))          # control points along the longest side, images made smaller by
+REGISTRATION_STEPS = 40             # of Adam: of the affine maps, and of each level
 
 # ---------------------------------------------------------------------------------------- options
 
@@ -505,7 +509,9 @@ def joined(first, second):
     """The `Pixels` of labelled and of unlabelled slices in one batch."""
     both = []
     for a, b in zip(first, second):                                # lists of two: of each network
-        both.append([torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])])
+        of_unet = torch.cat([a[0], b[0]])
+        of_swin = torch.cat([a[1], b[1]])
+        both.append([of_unet, of_swin])
     return Pixels(*both)
 
 
@@ -762,9 +768,10 @@ def inside(p, shape, step):
 
 
 def move(A, p):
-    """x -> A x + b for affine maps [A | b] [B, 3, 4] at the places p [(B,) Z, Y, X, 3]."""
+    """x -> M x + b for affine maps A = [M | b] [B, 3, 4] at the places p [(B,) Z, Y, X, 3]."""
     p = p.expand(len(A), *p.shape[-4:])                            # [B, Z, Y, X, 3]
-    moved = p.flatten(1, -2) @ A[:, :, :3].mT + A[:, None, :, 3]   # [B, n, 3]
+    M, b = A.split([3, 1], 2)                                      # [B, 3, 3], [B, 3, 1]
+    moved = p.flatten(1, -2) @ M.mT + b.mT                         # [B, n, 3]
     return moved.view(p.shape)
 
 
@@ -818,14 +825,16 @@ def local_correlation(a, b, weight, radius=(1, 2, 2), flat=1e-3):
 
 def after_another(A, B):
     """The affine map x -> A(B(x)) of two [B, 3, 4]."""
-    M = A[:, :, :3] @ B                                            # [B, 3, 4]
-    return torch.cat([M[:, :, :3], M[:, :, 3:] + A[:, :, 3:]], 2)
+    M, b = A.split([3, 1], 2)                                      # [B, 3, 3], [B, 3, 1]
+    turned, shifted = (M @ B).split([3, 1], 2)
+    return torch.cat([turned, shifted + b], 2)
 
 
 def inverse(A):
     """The inverse of affine maps [B, 3, 4]."""
-    M = torch.linalg.inv(A[:, :, :3])
-    return torch.cat([M, -M @ A[:, :, 3:]], 2)
+    M, b = A.split([3, 1], 2)                                      # [B, 3, 3], [B, 3, 1]
+    back = torch.linalg.inv(M)
+    return torch.cat([back, -back @ b], 2)
 
 
 def affine_starts(reach, turn):
@@ -841,45 +850,54 @@ def affine_starts(reach, turn):
     return torch.stack(rows, 1).view(-1, 3, 4)
 
 
-def register_affine(fixed, weight, p, moving, step, steps=40, keep=4, turn=.5):
-    """Affine maps [A | b] (mm) such that `moving` at A x + b looks like `fixed` at x.
+def register_affine(fixed, moving, p, step):
+    """Affine maps [M | b] (mm) such that `moving` at M x + b looks like `fixed` at x.
 
-    fixed, weight [B, 1, Z, Y, X] on the places p [Z, Y, X, 3]; moving [B, 2, ...]: image and mask
-    of its scan, voxels of `step` mm; either may be one for all. From 225 starts (turns about z,
-    shifts of up to a sixth of the box) the best `keep` of every volume are refined by Adam. Returns
-    ([B, 3, 4], their similarity [B]).
+    fixed [B, 2, Z, Y, X]: image and mask of its scan at the places p [Z, Y, X, 3]; moving likewise
+    in voxels of `step` mm; either may be one for all. Of 225 starts (turns about z, shifts of up to
+    a sixth of the box) the best four of every volume are refined. Returns ([B, 3, 4], their
+    similarity [B]).
     """
     B = max(len(fixed), len(moving))
-    fixed, weight, moving = (x.expand(B, *x.shape[1:]) for x in (fixed, weight, moving))
+    fixed = fixed.expand(B, *fixed.shape[1:])
+    moving = moving.expand(B, *moving.shape[1:])
 
     def similarity(A, number):                                     # [b, 3, 4], [b] -> [b]
-        m, w = sample(moving[number], move(A, p), step).split(1, 1)        # [b, 1, Z, Y, X] each
-        return local_correlation(fixed[number], m, weight[number] * w)
+        f, w_f = fixed[number].split(1, 1)                         # [b, 1, Z, Y, X] each
+        m, w_m = sample(moving[number], move(A, p), step).split(1, 1)
+        return local_correlation(f, m, w_f * w_m)
 
-    reach = (p.amax((0, 1, 2)) - p.amin((0, 1, 2))) / 6            # [3] mm
-    A = affine_starts(reach, turn)                                 # [225, 3, 4]
+    side = p.amax((0, 1, 2)) - p.amin((0, 1, 2))                   # [3] mm
+    starts = affine_starts(side / 6, TURN)                    # [225, 3, 4]
     every = torch.arange(B)
     with torch.no_grad():
-        found = [similarity(a.expand(B, 3, 4), every) for a in A]
-    best = torch.stack(found).topk(keep, 0).indices                # [keep, B]: numbers of starts
-    A = A[best.flatten()]                                          # [keep B, 3, 4]
-    number = every.repeat(keep)                                    # [keep B]: whose they are
-    M = torch.zeros(len(A), 3, 3, requires_grad=True)
-    t = torch.zeros(len(A), 3, 1, requires_grad=True)
-    groups = [{"params": M, "peak": .02}, {"params": t, "peak": step[1] / 4}]
+        found = [similarity(A.expand(B, 3, 4), every) for A in starts]
+    best = torch.stack(found).topk(REFINED, 0).indices             # [4, B]: numbers of starts
+    whose = every.repeat(REFINED)                                  # [4 B]: volume of each
+    A, s = refine_affine(starts[best.flatten()], partial(similarity, number=whose), step[1])
+    choice = s.view(REFINED, B).argmax(0) * B + every              # [B]: start k of b is k B + b
+    return A[choice], s[choice]
+
+
+def refine_affine(A, similarity, mm):
+    """Adam from the maps A [n, 3, 4] towards a larger `similarity`; mm: a voxel, for the rate.
+
+    Returns the maps and their similarity [n].
+    """
+    M, b = A.split([3, 1], 2)                                      # [n, 3, 3], [n, 3, 1]
+    change = torch.zeros_like(M, requires_grad=True)
+    shift = torch.zeros_like(b, requires_grad=True)
+    groups = [{"params": change, "peak": .02}, {"params": shift, "peak": mm / 4}]
     optimiser = torch.optim.Adam(groups)
-    for n in range(steps):
+    for n in range(REGISTRATION_STEPS):
         for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * cosine(n, steps)
-        turned = A[:, :, :3] @ (torch.eye(3) + M)
-        now = torch.cat([turned, A[:, :, 3:] + t], 2)              # [keep B, 3, 4]
-        s = similarity(now, number)                                # [keep B]
+            group["lr"] = group["peak"] * cosine(n, REGISTRATION_STEPS)
+        A = torch.cat([M @ (torch.eye(3) + change), b + shift], 2)         # [n, 3, 4]
+        s = similarity(A)                                          # [n]
         optimiser.zero_grad()
-        (.3 * M.square().sum() - s.sum()).backward()
+        (.3 * change.square().sum() - s.sum()).backward()
         optimiser.step()
-    s = s.detach()
-    choice = s.view(keep, B).argmax(0) * B + every                 # [B]: start k of b is k B + b
-    return now.detach()[choice], s[choice]
+    return A.detach(), s.detach()
 
 
 def exponential(v, places, squarings=5):
@@ -913,32 +931,32 @@ def roughness(v, mm):
     return total
 
 
-def register_deformable(fixed, moving, weight, step, levels=((9, 2), (15, 1)), steps=40,
-                        stiffness=.3):
+def register_deformable(fixed, moving, weight, step, stiffness=.3):
     """Smooth displacements u (mm) such that `moving` at x + u(x) looks like `fixed` at x.
 
     fixed, moving, weight [B, 1, Z, Y, X] on one grid with voxels of `step` mm. Coarse to fine:
-    `levels` are the numbers of control points along the longest side, between which u is trilinear,
-    and the factor by which the images are made smaller in plane. `stiffness` weighs the mean square
-    of the velocity's gradient. Returns u at the control points, [B, 3, z, y, x].
+    LEVELS, between the control points u is trilinear. `stiffness` weighs the mean square of the
+    velocity's gradient. Returns u at the control points, [B, 3, z, y, x].
     """
     whole = fixed.shape[2:]
     size = [n * mm for n, mm in zip(whole, step)]
     v = torch.zeros(len(fixed), 3, 3, 3, 3)
-    for across, smaller in levels:
+    for across, smaller in LEVELS:
         places = control_points(whole, step, across)               # [z, y, x, 3]
         apart = [s / n for s, n in zip(size, places.shape)]        # mm between control points
-        shape = [whole[0], math.ceil(whole[1] / smaller), math.ceil(whole[2] / smaller)]
+        Z, Y, X = whole
+        shape = [Z, math.ceil(Y / smaller), math.ceil(X / smaller)]
         voxel = [s / n for s, n in zip(size, shape)]               # mm, on this level
-        f, m, w = (F.interpolate(x, shape, mode="area") for x in (fixed, moving, weight))
-        p = points(shape, voxel)                                   # [Z, Y/smaller, X/smaller, 3]
-        both = torch.cat([m, w], 1)                                # [B, 2, Z, ...]
+        small = [F.interpolate(x, shape, mode="area") for x in (fixed, moving, weight)]
+        f = small[0]                                               # [B, 1, *shape]
+        m_and_w = torch.cat(small[1:], 1)                          # [B, 2, *shape]
+        p = points(shape, voxel)                                   # [*shape, 3]
         v = resize(v, places.shape[:3]).requires_grad_()           # [B, 3, z, y, x]
         optimiser = torch.optim.Adam([v])
-        for n in range(steps):
-            optimiser.param_groups[0]["lr"] = voxel[1] / 5 * cosine(n, steps)
-            u = resize(exponential(v, places), shape)              # [B, 3, Z, ...]
-            m, w = sample(both, displaced(p, u), voxel).split(1, 1)
+        for n in range(REGISTRATION_STEPS):
+            optimiser.param_groups[0]["lr"] = voxel[1] / 5 * cosine(n, REGISTRATION_STEPS)
+            u = resize(exponential(v, places), shape)              # [B, 3, *shape]
+            m, w = sample(m_and_w, displaced(p, u), voxel).split(1, 1)
             loss = stiffness * roughness(v, apart) - local_correlation(f, m, w)      # [B]
             optimiser.zero_grad()
             loss.sum().backward()
@@ -1066,7 +1084,8 @@ class Frame:
         A, back, box = pair["A"], pair["back"], self.box
         x = (y - A[:, 3]) @ torch.linalg.inv(A[:, :3]).T           # x' = A^-1 y
         x = (x - self.centre)[None]                                # [1, ..., 3], about the centre
-        apart = [n * mm / k for n, mm, k in zip(box.p.shape, box.step, back.shape[1:])]
+        size = [n * mm for n, mm in zip(box.p.shape, box.step)]
+        apart = [s / n for s, n in zip(size, back.shape[1:])]      # mm between control points
         d = sample(back[None], x, apart, padding="border")         # [1, 3, ...]
         there = displaced(x, d) + self.centre
         outside = inside(x, box.p.shape[:3], box.step)[0, 0] == 0  # [...]
@@ -1103,18 +1122,19 @@ def register_batch(frame, moving, step, stiffness):
     box, coarse = frame.box, frame.coarse
     p = box.p - frame.centre                                       # [Z, Y, X, 3]
     shape = p.shape[:3]
-    A, _ = register_affine(coarse.image, coarse.weight, coarse.p, moving, step)
+    fixed = torch.cat([coarse.image, coarse.weight], 1)            # [1, 2, Z, Y, X]
+    A, _ = register_affine(fixed, moving, coarse.p, step)
     # the piece of the volume that A has found, registered to the whole labelled volume, corrects A
-    image, weight = sample(moving, move(A, coarse.p), step).split(1, 1)
-    correction, _ = register_affine(image, weight, coarse.p, frame.whole, step)
+    piece = sample(moving, move(A, coarse.p), step)                # [B, 2, Z, Y, X]
+    correction, _ = register_affine(piece, frame.whole, coarse.p, step)
     A = after_another(A, inverse(correction))
     every = box.p.expand(len(moving), *box.p.shape)                # [B, Z, Y, X, 3]
     m_first, w_first = sample(moving, every, step).split(1, 1)     # [B, 1, Z, Y, X] each
     m, w = sample(moving, move(A, box.p), step).split(1, 1)
     f = box.image.expand_as(m)
     w = box.weight * w                                             # 1 where both are scanned
-    there = register_deformable(f, m, w, box.step, stiffness=stiffness)
-    back = register_deformable(m, f, w, box.step, stiffness=stiffness)
+    there = register_deformable(f, m, w, box.step, stiffness)
+    back = register_deformable(m, f, w, box.step, stiffness)
     with torch.no_grad():
         u = resize(there, shape)                                   # [B, 3, Z, Y, X]
         error = cycle_error(u, resize(back, shape), p, box.step)   # [B, Z, Y, X]
@@ -1432,8 +1452,9 @@ def write_registrations(run, registered):
     common.write_csv(run.out / "registration.csv", table)
     print(f"registration of {len(rows)} pairs, in brackets the {len(taken)} partners taken:")
     for name in list(columns)[2:]:
-        every, some = ([row[name] for row in kind if name in row] for kind in (rows, taken))
-        print(f"  {name:18} {common.nanmean(every):6.3f} ({common.nanmean(some):.3f})")
+        every = common.nanmean([row[name] for row in rows if name in row])
+        some = common.nanmean([row[name] for row in taken if name in row])
+        print(f"  {name:18} {every:6.3f} ({some:.3f})")
     judged = [row for row in rows if "dice_after" in row]
     if judged:                                                     # Spearman's
         errors = ranks([row["cycle_error_mm"] for row in judged])

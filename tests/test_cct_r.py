@@ -68,7 +68,7 @@ def test_a_known_affine_is_recovered(step):
     fixed = scene(p)[None, None]
     back = (big - A[0, :, 3]) @ torch.linalg.inv(A[0, :, :3]).T
     moving = with_mask(scene(back)[None, None])                    # moving(A x + b) = fixed(x)
-    got, similarity = register_affine(fixed, torch.ones_like(fixed), p, moving, step)
+    got, similarity = register_affine(with_mask(fixed), moving, p, step)
     error = (cct_r.move(got, p) - cct_r.move(A, p))[0] / torch.tensor(step)      # voxels
     assert similarity > .9
     assert error.abs().mean() < .5
@@ -107,7 +107,7 @@ def test_identical_volumes_stay_where_they_are():
     p = cct_r.points((12, 24, 24), STEP)
     x = scene(p)[None, None]
     weight = torch.ones_like(x)
-    A, similarity = register_affine(x, weight, p, with_mask(x), STEP)
+    A, similarity = register_affine(with_mask(x), with_mask(x), p, STEP)
     assert (cct_r.move(A, p) - p).norm(dim=-1).max() < 1           # mm
     assert similarity > .99
     u = register_deformable(x, x, weight, STEP)
