@@ -53,7 +53,7 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     to 192 channels, window 6, a 3 x 3 convolution in every block, from scratch [ours]; [base]:
     Swin-T, four stages from 96 channels, window 7, ImageNet weights, which we do not have.
 10. AdamW, weight decay 5e-4, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; weight decay 1e-4,
-    1200 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline is that of the other scripts, with 8
+    4800 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline is that of the other scripts, with 8
     labelled slices a step. **Compare at equal labelled slices seen, too**: `--labelled-batch` and
     `--batch` set them, and the log and a line before the table have how many there were. With all
     four parts off the row is the baseline itself, to the digit.
@@ -106,7 +106,7 @@ OPTIONS = [
     ("stiffness", .3, None, None, "of registration: weight of the velocity's mean square gradient"),
     ("no_brs", False, None, None, "ablation: partners at random, not by cycle consistency"),
     ("atlases", 1, None, None, "labelled volumes whose warped labels RSL averages (ours)"),
-    ("steps", 1200, 240, 40000, "T, steps of training, also from scratch"),
+    ("steps", 4800, 240, 40000, "T, steps of training, also from scratch"),
     ("labelled_batch", 2, 4, 2, "labelled slices a step, seen by both networks"),
     ("unlabelled_batch", 2, None, 2, "unlabelled slices a step, seen by both networks"),
     ("batch", 8, None, None, "slices a step from scratch, all labelled"),

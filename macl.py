@@ -104,7 +104,7 @@ OPTIONS = [
      "slices whose positions differ by less are positives (code: 0.1 on CHD; PCL: 0.35 on ACDC)"),
     ("temperature", .1, None, .1, "tau"),
     ("eq7", False, None, None, "Z^g from the encoder, as Eq. 7 has it, instead of the decoder"),
-    ("steps", 1200, 240, None, "steps of fine-tuning, also from scratch (paper: 100 epochs)"),
+    ("steps", 4800, 240, None, "steps of fine-tuning, also from scratch (paper: 100 epochs)"),
     ("batch", 8, None, 5, "labelled slices a step"),
     ("lr", 2e-3, None, 5e-4, "of new layers and of scratch, AdamW, cosine to 0 (paper: Adam)"),
     ("pretrained_lr", 2e-3, 1e-3, 5e-4, "of pre-trained layers"),

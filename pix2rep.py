@@ -104,7 +104,7 @@ OPTIONS = [
     ("inversion", 0., None, .35, "probability that t inverts intensities"),
     ("probe_steps", 300, 120, None, "steps of the 1x1 head (code: 200 epochs)"),
     ("probe_lr", 3e-2, None, 7.6e-3, "of the head on a frozen backbone, AdamW, cosine to 0"),
-    ("steps", 1200, 240, None, "steps of fine-tuning, also from scratch (code: 200 epochs)"),
+    ("steps", 4800, 240, None, "steps of fine-tuning, also from scratch (code: 200 epochs)"),
     ("batch", 8, None, None, "labelled slices a step (data.yaml: 16)"),
     ("lr", 2e-3, None, None, "of the whole network from scratch, AdamW, cosine to 0"),
     ("pretrained_lr", 1e-3, None, 5e-5, "of a pre-trained backbone"),

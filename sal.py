@@ -98,7 +98,7 @@ OPTIONS = [
      "how far from its own place a match may lie, in places; 0: no limit (ours)"),
     ("spare_matches", False, None, None, "L_U does not repel what LA has just matched (ours)"),
     ("level", 3, None, None, "encoder level of X: size S / 2^level"),
-    ("steps", 1200, 240, None, "steps of fine-tuning, also from scratch (PCL: 100 epochs)"),
+    ("steps", 4800, 240, None, "steps of fine-tuning, also from scratch (PCL: 100 epochs)"),
     ("batch", 8, None, None, "labelled slices a step (PCL: 10)"),
     ("lr", 2e-3, None, None, "of new layers and of scratch, AdamW, cosine to 0 (PCL: Adam 5e-5)"),
     ("pretrained_lr", 1e-4, 1e-3, None, "of pre-trained layers"),
