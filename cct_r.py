@@ -27,8 +27,8 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     `--atlases 3` averages the one-hot labels of the three smallest cycle errors [ours].
  4. REPS: positives from registration, from a memory bank; for an anchor "the anatomically-closest
     point in each 3D volume" [paper, Fig. 2]. Ours: a step's anchors, half of them organ, are one
-    group of the contrast of no. 6, for each network by itself, of labelled slices alone for as long
-    as there. From the bank each anchor gets further positives: of every other volume the one
+    group of the contrast of no. 6, for each network by itself, and at first of labelled slices
+    alone, as there. From the bank each anchor gets further positives: of every other volume the one
     feature whose common place is nearest, if within 8 mm; a common place is found through the best
     partner in the frame of the first labelled volume. The bank is never a negative. `--radius .001`
     leaves only the group: a control.
@@ -71,6 +71,7 @@ positives; u an unlabelled volume, l* its best labelled partner.
 import hashlib
 import json
 import math
+import os
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -892,12 +893,13 @@ def refine_affine(A, similarity, mm):
     for n in range(REGISTRATION_STEPS):
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * cosine(n, REGISTRATION_STEPS)
-        A = torch.cat([M @ (torch.eye(3) + change), b + shift], 2)         # [n, 3, 4]
-        s = similarity(A)                                          # [n]
+        turned = M @ (torch.eye(3) + change)                       # [n, 3, 3]
+        now = torch.cat([turned, b + shift], 2)                    # [n, 3, 4]
+        s = similarity(now)                                        # [n]
         optimiser.zero_grad()
         (.3 * change.square().sum() - s.sum()).backward()
         optimiser.step()
-    return A.detach(), s.detach()
+    return now.detach(), s.detach()
 
 
 def exponential(v, places, squarings=5):
@@ -1095,8 +1097,8 @@ class Frame:
         """This volume's label, one-hot, linearly, on the voxels of a `Stack`: [K, V, S, S].
 
         Pulled: a voxel y of the other takes the label at T_back(y), so that labels go from here to
-        there by the map from there to here. Where no label arrives, as outside the box, there is
-        background; the K values of a voxel sum to 1.
+        there by the map from there to here. Where no label arrives, as outside the box or beyond
+        the volume's last slice, there is background; the K values of a voxel sum to 1.
         """
         x = self.places(pair, volume.points()).nan_to_num(1e6)     # [V, S, S, 3]
         there = sample(self.label, x[None], self.volume.step)[0]   # [K, V, S, S]
@@ -1182,8 +1184,10 @@ def register_all(run, volumes, labelled):
                     moving[u] = on_grid(dataset, u, grid)          # [1, 2, Z, Y, X]
             images = torch.cat([moving[u] for u in batch])         # [B, 2, Z, Y, X]
             made = register_batch(frames[n], images, step, o.stiffness)
-            common.save_checkpoint(file, method=METHOD, options={}, pairs=made,
+            ours = file.with_suffix(f".{os.getpid()}")             # two runs may make it at once
+            common.save_checkpoint(ours, method=METHOD, options={}, pairs=made,
                                    seconds=common.clock(run.device) - begun)
+            ours.replace(file)
         content = common.load_checkpoint(file, METHOD)
         seconds += content["seconds"]
         for u, pair in zip(batch, content["pairs"]):

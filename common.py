@@ -727,7 +727,7 @@ def writing(path):
 def write_atomic(path, content):
     """Write bytes or text under a temporary name, then rename: a kill leaves no half file."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(path.name + ".partial")
     content = content.encode() if isinstance(content, str) else content
     with writing(path):
         try:

@@ -333,9 +333,9 @@ def down(x, blocks):
 
 
 def branches(unet, heads, views, dense=True):
-    """What the losses compare, Eqs. (6) and (7), as a dict of pairs (dominant, auxiliary).
+    """What the losses L_g, L_d, L_ER compare, Eqs. (6) and (7): pairs (dominant, auxiliary).
 
-    g: (Z^g, Z~^g) [N, 128]. Where `dense` also d: (Z^l, Z~^l) [N, C, h, w] and ER: (Y, Y~),
+    A dict: g: (Z^g, Z~^g) [N, 128]. Where `dense` also d: (Z^l, Z~^l) [N, C, h, w] and ER: (Y, Y~),
     [N, C', h', w'] of the small image and [N, C', h, w] of the full one. PCL needs g alone. A pass
     for each view, with batch statistics of its own [code].
     """
@@ -345,8 +345,8 @@ def branches(unet, heads, views, dense=True):
     Z_g_aux = heads.g_ins_aux(unet.encoder(V2)[-1])                # [N, 128]
     # Z^g = g_ins(d(e(down(V1))))    (4); (7) without d
     features = unet.encoder(down(V1, k))
-    deepest = features[-1] if heads.eq7 else unet.decoder(features, k)
-    Z_g = heads.g_ins(deepest)                                     # [N, 128]
+    dominant = features[-1] if heads.eq7 else unet.decoder(features, k)
+    Z_g = heads.g_ins(dominant)                                    # [N, 128]
     pairs = {"g": (Z_g, Z_g_aux)}
     if dense:
         # Y~ = e(I2), Z~^l = g~_pix(Y~)    (6)
@@ -462,7 +462,8 @@ def draw_branches(run, large, start):
     heads = Heads(unet.encoder.widths, o.decoder_blocks, o.eq7).to(run.device)
     common.load_weights(unet, start["unet"], start["parts"])
     heads.load_state_dict(start["heads"])
-    patients = run.split["val"] + run.split["train"]               # one slice has no statistics
+    # batch statistics of maps of 1 x 1 need two slices, so training patients may fill up
+    patients = run.split["val"] + run.split["train"]
     numbers = common.middle_slices(large, patients[:3])
     I1, I2, V1, V2 = four_views(large.image(numbers, run.device), o)       # [M, C, S, S] each
     pairs = branches(unet, heads, (I1, I2, V1, V2))
@@ -513,8 +514,8 @@ def draw_heat(run, start):
 LOOK_INIT = """what the encoder answers to before and after pre-training, at its two deepest levels.
 In the table, `gain` is what the weights of --init are worth beside scratch."""
 LOOK = """the last two maps of a row, one decoded from the small image, one encoded
-from the full one, should light up at the same places. In the table, `gain` is what that is worth
-beside the same network from scratch."""
+from the full one, should light up at the same places (where L_d is trained). In the table, `gain`
+is what that is worth beside the same network from scratch."""
 
 
 def main(arguments=None):

@@ -135,7 +135,7 @@ def check(run):
          "--weight-gp 0 --weight-la 0: nothing of the paper is left to train; drop one of them"),
         (o.spare_matches and not (o.weight_la and o.weight_u),
          "--spare-matches: spares LA's matches from L_U, so it needs both --weight-la and -u"),
-        (not 0 < np.min(o.threshold) <= 1,
+        (not 0 < np.min(o.threshold) <= 1,                         # a number, or our list
          f"--threshold {o.threshold}: use a share of the volume's length in (0, 1]"),
         (not 0 < np.min(o.threshold_la) <= 1,
          f"--threshold-la {o.threshold_la}: use a share of the volume's length in (0, 1]"),
@@ -358,7 +358,7 @@ def sample_pairs(dataset, numbers, n_pairs, threshold):
 
 def by_slice(threshold, pool):
     """t of every slice of the pool [N]: `threshold` is one number, or one for each of its sets."""
-    return np.resize(threshold, len(pool.datasets))[pool.part]
+    return np.broadcast_to(threshold, len(pool.datasets))[pool.part]
 
 
 def pair_batch(run, pool):
