@@ -451,7 +451,8 @@ def base_grid(n, size, device):
     angle = torch.where(kind < .5, quarters, angle)
     flip = torch.where(kind < .5, -1., 1.)
     zero = torch.zeros(n)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     rows = [flip * cos, -sin, zero,
             flip * sin, cos, zero]
     theta = torch.stack(rows, 1).view(n, 2, 3).to(device)
@@ -843,7 +844,8 @@ def affine_starts(reach, turn):
     shifts = [torch.linspace(-1, 1, n) * r for n, r in zip((3, 5, 5), reach)]
     turns = torch.tensor([-turn, 0., turn])
     angle, dz, dy, dx = torch.cartesian_prod(turns, *shifts).T     # [225] each
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     zero = torch.zeros(len(angle))
     rows = [zero + 1, zero, zero, dz,
             zero, cos, -sin, dy,
@@ -1121,7 +1123,8 @@ def register_batch(frame, moving, step, stiffness):
     [3, z, y, x] at control points; similarity `before`, after A (`affine`) and `after` all; `cycle`
     error in mm (mean over the frame's organs); share of voxels that T_back has `folded`.
     """
-    box, coarse = frame.box, frame.coarse
+    box = frame.box
+    coarse = frame.coarse
     p = box.p - frame.centre                                       # [Z, Y, X, 3]
     shape = p.shape[:3]
     fixed = torch.cat([coarse.image, coarse.weight], 1)            # [1, 2, Z, Y, X]
@@ -1161,7 +1164,8 @@ def register_all(run, volumes, labelled):
     file in the cache, under a key that holds the dataset and the options, so that a second run
     reads, and a killed run goes on. There is nothing random in it.
     """
-    o, dataset = run.o, run.dataset
+    o = run.o
+    dataset = run.dataset
     shape, step = registration_grid(run)
     data = Path(dataset.images.filename).parent.name               # the key of the prepared slices
     made_of = json.dumps([REGISTRATION_VERSION, data, volumes, o.stiffness])

@@ -118,10 +118,11 @@ def check(run):
     """
     o = run.o
     usual = [usual_threshold(cases) for cases in run.sources or [run.cases]]
+    t = usual if len(usual) > 1 else usual[0]
     if o.threshold is None:
-        o.threshold = usual if len(usual) > 1 else usual[0]
+        o.threshold = t
     if o.threshold_la is None:
-        o.threshold_la = usual if len(usual) > 1 else usual[0]
+        o.threshold_la = t
     common.refuse([(o.level not in range(5), f"--level {o.level}: use 0 to 4")])
     side = o.size // 2 ** o.level                                  # of the feature map
     common.refuse([

@@ -210,7 +210,7 @@ def test_which_view_goes_where():
 
 
 def test_every_view_has_batch_statistics_of_its_own():
-    """While training, Z^g and Z~^g of V1, V2 do not depend on I1, I2, whose maps are beside them."""
+    """While training, Z^g and Z~^g of V1, V2 do not depend on I1 and I2."""
     unet, heads = network(2)
     I1, I2, V1, V2 = torch.rand(4, 3, 1, 64, 64)
     first = macl.branches(unet, heads, (I1, I2, V1, V2))["g"]
