@@ -25,13 +25,13 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
  3. RSL: labels warped by the best registration [paper]; one-hot, linearly, then arg max; for both
     networks 0.5 (cross-entropy + Dice), weight omega_0 exp(-5 (t/T)^2), omega_0 = 1 [ours].
     `--atlases 3` averages the one-hot labels of the three smallest cycle errors [ours].
- 4. REPS: positives from registration, from a memory bank; for an anchor "the anatomically-closest
-    point in each 3D volume" [paper, Fig. 2]. Ours: a step's anchors, half of them organ, are one
-    group of the contrast of no. 6, for each network by itself, and at first of labelled slices
-    alone, as there. From the bank each anchor gets further positives: of every other volume the one
-    feature whose common place is nearest, if within 8 mm; a common place is found through the best
-    partner in the frame of the first labelled volume. The bank is never a negative. `--radius .001`
-    leaves only the group: a control.
+ 4. REPS: registration finds positives, for an anchor "the anatomically-closest point to the anchor
+    in each 3D volume" [paper, Fig. 2]. Ours: a step's anchors, half of them organ, are one group of
+    the contrast of no. 6, for each network by itself, and at first of labelled slices alone, as
+    there. A memory bank gives each anchor further positives: of every other volume the one feature
+    whose common place is nearest, if within 8 mm; a common place is found through the best partner
+    in the frame of the first labelled volume. The bank is never a negative. `--radius .001` leaves
+    only the group: a control.
  5. Cross teaching: Dice with the other's arg max, 0.1 exp(-5 (1 - t/T_r)^2), T_r = 3/4 of the steps
     [base]. In all losses of the two networks Dice of all classes, squared denominators [base]; in
     the baseline that of the other scripts: foreground, linear [ours].
@@ -39,10 +39,10 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     alone for the first 7.5 % of the steps [base]. A group is a block of every image and network,
     each of its own place; projectors of two layers, 128 wide, the last shared [base]; by level
     [ours]. Blocks of 12 x 12 pixels of which every second row and column counts, 6 random groups a
-    step [ours]; [base]: 19 x 19 of 224, all. At the coarse level 4 groups of blocks of 6 x 6 cells
-    of 8 x 8 pixels, the class of a cell is that of its middle [ours]. We do not copy the base's
-    defects: features and labels in different orders, a row of blocks too few, the U-Net left in
-    eval mode.
+    step [ours]; [base]: 19 x 19 of 224, all. At the coarse level up to 4 groups of blocks of 6 x 6
+    cells of 8 x 8 pixels, the class of a cell is that of its middle [ours]. We do not copy the
+    base's defects: features and labels in different orders, a row of blocks too few, the U-Net left
+    in eval mode.
  7. Labelled and unlabelled slices have forward passes of their own [ours]; [base]: one batch. See
     pix2rep.py, no. 12. So the U-Net's running statistics, by which it is scored, are a mean over
     both, labelled slices with changed intensities and unlabelled ones as they are.
@@ -52,11 +52,12 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
  9. U-Net 16 to 256 channels, the result; Swin-UNet with patches of 4 x 4 [base]; three stages of 48
     to 192 channels, window 6, a 3 x 3 convolution in every block, from scratch [ours]; [base]:
     Swin-T, four stages from 96 channels, window 7, ImageNet weights, which we do not have.
-10. AdamW, weight decay 5e-4, 40 000 steps of 2 + 2 slices at 224 x 224 [base]; weight decay 1e-4,
-    4800 steps of 2 + 2 at 96 x 96, cosine [ours]. The baseline is that of the other scripts, with 8
-    labelled slices a step. **Compare at equal labelled slices seen, too**: `--labelled-batch` and
-    `--batch` set them, and the log and a line before the table have how many there were. With all
-    four parts off the row is the baseline itself, to the digit.
+10. AdamW, 40 000 steps of 2 + 2 slices at 224 x 224, rates 5e-4 (U-Net) and 1e-4, weight decay 5e-4
+    [base]; 4800 steps at 96 x 96, cosine, rates 2e-3 and 5e-4, weight decay 1e-4 [ours]. The
+    baseline is that of the other scripts, with 8 labelled slices a step. **Compare at equal
+    labelled slices seen, too**: `--labelled-batch` and `--batch` set them, and the log and a line
+    before the table have how many there were. With all four parts off the row is the baseline
+    itself, to the digit.
 11. Warped labels are used for unlabelled training volumes only. The true labels of these are read
     in one place, for Fig. 4 and to judge the registration (`--no-peek` forbids it). Test patients
     choose nothing; the last checkpoint is scored [ours]. "One case" is 23 slices of patient 099 in
@@ -86,7 +87,7 @@ import common
 from common import DataError, cosine, photometric, spatial_grid, warp
 
 METHOD = "cct_r"
-REGISTRATION_VERSION = 5
+REGISTRATION_VERSION = 5            # one more for any change of code that changes a registration
 TURN = .5                           # registration: turn of the affine starts in rad
 REFINED = 4                         # affine starts that are refined
 LEVELS = ((9, 2), (15, 1))          # control points along the longest side, images made smaller by
@@ -98,7 +99,7 @@ REGISTRATION_STEPS = 40             # of Adam: of the affine maps, and of each l
 OPTIONS = [
     ("labelled", [1, 3, 7], [1], None, "numbers of labelled patients"),
     ("seeds", [0, 1, 2], [0], None, "seeds of training"),
-    ("width", 16, None, None, "channels of the first U-Net level (base: 16)"),
+    ("width", 16, None, 16, "channels of the first U-Net level"),
     ("swin_dim", 48, None, 96, "channels of the Swin-UNet's first stage, divisible by 6"),
     ("window", None, None, 7,
      "tokens along a window's side; default: the least divisor of size / 16 from 4 on"),
@@ -115,19 +116,20 @@ OPTIONS = [
     ("swin_lr", 5e-4, None, 1e-4, "of the Swin-UNet and the projectors, after 5 % warm-up"),
     ("pretrained_lr", 1e-3, None, None, "of a U-Net that starts from --init (ours)"),
     ("weight_decay", 1e-4, None, 5e-4, "of both networks and the projectors; from scratch 1e-4"),
-    ("rotation", .5, None, None, "largest rotation in rad"),
+    ("rotation", .5, None, None, "largest rotation in rad, without --base-views"),
     ("base_views", False, None, None, "flips and rotations alone [base], also from scratch"),
     ("no_cross_teaching", False, None, None, "ablation: no cross teaching"),
     ("no_contrast", False, None, None, "ablation: no local contrast"),
     ("no_rsl", False, None, None, "ablation: no warped labels"),
     ("no_reps", False, None, None, "ablation: no positives from registration"),
-    ("cross_weight", .1, None, None, "w of cross teaching, after its ramp (base: 0.1)"),
+    ("cross_weight", .1, None, .1, "w of cross teaching, after its ramp"),
     ("rsl_weight", 1., None, None, "omega_0 of RSL, at the first step"),
-    ("contrast_weight", .002, None, None, "lambda_c of the local contrast (base: 0.001 a network)"),
-    ("reps_weight", .01, None, None, "lambda_r of REPS"),
-    ("temperature", .1, None, None, "tau (base: 0.1)"),
+    ("contrast_weight", .002, None, .002,
+     "lambda_c of the local contrast, a mean over both networks (base: 0.001 for each)"),
+    ("reps_weight", .01, None, None, "lambda_r of REPS, a sum over both networks"),
+    ("temperature", .1, None, .1, "tau"),
     ("projection", 128, None, 128, "d, width of the projectors; 2d in between"),
-    ("block", 12, None, 19, "side in pixels of a local block (base: 19 of 224)"),
+    ("block", 12, None, 19, "side in pixels of a local block; in coarse cells half of it"),
     ("groups", 6, None, 144, "groups of blocks of the fine map a step (base: all)"),
     ("bank", 128, None, None, "M, features of a volume in a memory bank"),
     ("anchors", 256, None, None, "anchors of REPS a step and network, half of them organ"),
@@ -136,7 +138,8 @@ OPTIONS = [
     ("peek_every", 100, 20, None, "steps between points of Fig. 4"),
 ]
 PAPER_ALSO = ("ImageNet weights and a fourth stage in the Swin-UNet, poly decay, and whole slices "
-              "resized to 224 pixels, for which 1.5 mm stands (ACDC's median); see --base-views")
+              "resized to 224 pixels, for which 1.5 mm stands (ACDC's median); coarse blocks "
+              "of 14 x 14 cells, which are half of --block here; see --base-views")
 
 
 def check(run):
@@ -212,7 +215,7 @@ def ramp_up(t, T):
 
 
 def decay(t, T):
-    """exp(-5 (t / T)^2), from 1 at t = 0 to 0.007 at T: the registration is best early (ours)."""
+    """exp(-5 (t / T)^2), from 1 at t = 0 to 0.007 at T [ours]; best early: the paper's."""
     return math.exp(-5 * (t / T) ** 2)
 
 
@@ -247,8 +250,11 @@ def balanced_parts(z, y, temperature):
 
 
 def mean_contrast(attract, count, D, temperature):
-    """Mean of L_i = log D_i - attract_i / count_i over the i with count > 0; 0 without any."""
-    log_D = D.clamp(min=1e-30).log() + 1 / temperature             # see `balanced_parts`
+    """Mean of L_i = log D_i - attract_i / count_i over the i with count > 0; 0 without any.
+
+    log D_i is the same for all p in P(i), so it leaves their mean.
+    """
+    log_D = D.clamp(min=1e-30).log() + 1 / temperature             # D came times exp(-1 / tau)
     has_positive = count > 0
     L = (log_D - attract / count.clamp(min=1)) * has_positive
     return L.sum() / has_positive.sum().clamp(min=1)
@@ -309,12 +315,12 @@ def cut(x, size, offset=(0, 0)):
 
 
 def local_contrast(maps, labels, size, groups, temperature):
-    """Contrast in up to `groups` groups of local blocks [base].
+    """Contrast in up to `groups` groups of local blocks: loss [base], draw of the groups [ours].
 
     A group has one block of every image of every network, each at a place of its own: the blocks of
-    an image are permuted. Groups of background alone are skipped. maps: projected features of each
-    network [B, d, h, w]; labels: for each network the classes [B, h, w] of its pixels. Returns a
-    scalar.
+    an image are permuted. Groups of background alone are skipped [base]. maps: projected features
+    of each network [B, d, h, w]; labels: for each network the classes [B, h, w] of its pixels.
+    Returns a scalar.
     """
     H, W = maps[0].shape[2:]
     # rows and columns to leave out at the top and left: 0 to what `size` leaves over
@@ -335,12 +341,13 @@ def local_contrast(maps, labels, size, groups, temperature):
 class MemoryBank(nn.Module):
     """The last M = `size` pixel features of each volume, of one network, with their common places.
 
-    The oldest are overwritten. A module, so that its state is saved as that of networks is.
+    The oldest are overwritten; of more than M at once M are taken, evenly. A module, so that its
+    state is saved as that of networks is.
     """
     def __init__(self, volumes, size, dim):
         super().__init__()
         self.register_buffer("z", torch.zeros(volumes, size, dim))
-        # mm; empty: 1 km from all places
+        # mm; empty: more than 1 km from all places
         self.register_buffer("place", torch.full((volumes, size, 3), 1e6))
         self.register_buffer("next", torch.zeros(volumes, dtype=torch.long))
 
@@ -348,12 +355,14 @@ class MemoryBank(nn.Module):
         """Add features z [n, d] (unit length, detached) at places [n, 3] of volumes [n]."""
         size = self.z.shape[1]
         for v in volume.unique():
-            own = torch.nonzero(volume == v)[-size:, 0]            # [m]
-            index = self.next[v] + torch.arange(len(own), device=own.device)
-            index = index % size                                   # [m]: a ring, the oldest go
+            own = torch.nonzero(volume == v)[:, 0]
+            m = min(len(own), size)
+            every = torch.arange(m, device=own.device)             # [m]
+            own = own[every * len(own) // m]                       # evenly: organ comes first
+            index = (self.next[v] + every) % size                  # [m]: a ring, the oldest go
             self.z[v, index] = z[own]
             self.place[v, index] = place[own]
-            self.next[v] = (self.next[v] + len(own)) % size
+            self.next[v] = (self.next[v] + m) % size
 
     def nearest(self, place, volume, radius):
         """R(i): from every volume but the own the one feature nearest to each place [n, 3] in mm.
@@ -375,17 +384,16 @@ class Maps(NamedTuple):
     """What the two networks make of a batch: lists of two, the U-Net's and the Swin-UNet's."""
     logits: list                                                   # [B, K, S, S]
     coarse: list                                                   # [B, d, S/8, S/8], projected
-    fine: list                                                     # [B, d, S/2, S/2]: every second
+    fine: list                                                     # [B, d, S/2, S/2], projected
 
 
 def unet_maps(unet, x):
     """The decoder's first map [B, 8 width, S/8, S/8] and its last [B, width, S, S]."""
-    features = unet.encoder(x)
-    x = features[-1]
+    *skips, x = unet.encoder(x)                                    # from fine to coarse
     maps = []
     decoder = unet.decoder
-    for up, block, skip in zip(decoder.ups, decoder.blocks, features[-2::-1]):
-        x = block(torch.cat([up(x), skip], 1))                     # [B, width, 2h, 2w]
+    for up, block, skip in zip(decoder.ups, decoder.blocks, reversed(skips)):
+        x = block(torch.cat([up(x), skip], 1))                     # [B, half the channels, 2h, 2w]
         maps.append(x)
     return maps[0], maps[-1]
 
@@ -470,7 +478,8 @@ def draw_batch(run, numbers, n, places, warped=None):
     """A `Batch` of n random slices of `numbers`, moved at random.
 
     places: common places [N, 3, S, S]; warped: pseudo-labels [N, S, S] of unlabelled slices.
-    Without, slices have their true labels, and for each network intensities of its own.
+    Without, slices have their true labels, and for each network intensities of its own (not with
+    --base-views).
     """
     o, dataset = run.o, run.dataset
     pick = common.random_slices(numbers, n)                        # [B]
@@ -494,27 +503,27 @@ def draw_batch(run, numbers, n, places, warped=None):
 
 
 class Pixels(NamedTuple):
-    """What the two contrasts compare: lists of two, the U-Net's and the Swin-UNet's."""
+    """What the two contrasts compare; lists of two: the U-Net's and the Swin-UNet's."""
     coarse: list                                                   # [B, d, S/8, S/8], projected
     fine: list                                                     # [B, d, S/2, S/2]
     classes: list                                                  # [B, S, S]
-    places: list                                                   # [B, S, S, 3] mm, nan: none
-    volumes: list                                                  # [B]
+    place: torch.Tensor                                            # [B, S, S, 3] mm, nan: none
+    volume: torch.Tensor                                           # [B]
 
 
 def pixels_of(batch, maps, classes):
     """The `Pixels` of a batch, its `Maps` and, for each network, the classes of its pixels."""
-    return Pixels(maps.coarse, maps.fine, classes, [batch.place] * 2, [batch.volume] * 2)
+    return Pixels(maps.coarse, maps.fine, classes, batch.place, batch.volume)
 
 
-def joined(first, second):
+def joined(a, b):
     """The `Pixels` of labelled and of unlabelled slices in one batch."""
-    both = []
-    for a, b in zip(first, second):                                # lists of two: of each network
-        of_unet = torch.cat([a[0], b[0]])
-        of_swin = torch.cat([a[1], b[1]])
-        both.append([of_unet, of_swin])
-    return Pixels(*both)
+    def of_both_networks(x, y):
+        return [torch.cat([x[0], y[0]]), torch.cat([x[1], y[1]])]
+
+    return Pixels(of_both_networks(a.coarse, b.coarse), of_both_networks(a.fine, b.fine),
+                  of_both_networks(a.classes, b.classes),
+                  torch.cat([a.place, b.place]), torch.cat([a.volume, b.volume]))
 
 
 def cell_classes(y, side):
@@ -531,7 +540,7 @@ def contrast_terms(o, pixels):
     side = pixels.coarse[0].shape[2:]
     small = [cell_classes(y, side) for y in pixels.classes]        # [B, S/8, S/8]
     half = [y[:, ::2, ::2] for y in pixels.classes]                # [B, S/2, S/2]
-    # coarse: 4 groups of blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
+    # coarse: up to 4 groups of blocks of block / 2 cells, a cell is 8 x 8 pixels (ours)
     at_coarse = local_contrast(pixels.coarse, small, o.block // 2, 4, o.temperature)
     # fine: every second pixel, so block / 2 of them are `block` pixels
     at_fine = local_contrast(pixels.fine, half, o.block // 2, o.groups, o.temperature)
@@ -554,15 +563,15 @@ def draw_anchors(known, organ, n):
 def reps_terms(o, banks, pixels):
     """REPS of both networks at anchors that have a common place; fills the banks. A scalar."""
     L = 0.
+    places = pixels.place[:, ::2, ::2]                             # [B, S/2, S/2, 3]
+    known = places.isfinite().all(-1)                              # [B, S/2, S/2]
     for net, bank in enumerate(banks):
         y = pixels.classes[net][:, ::2, ::2]                       # [B, S/2, S/2]
-        place = pixels.places[net][:, ::2, ::2]                    # [B, S/2, S/2, 3]
-        known = place.isfinite().all(-1)                           # [B, S/2, S/2]
         b, row, column = draw_anchors(known, y > 0, o.anchors).T   # [n] each
         if len(b):
             z = pixels.fine[net][b, :, row, column]                # [n, d]
-            place = place[b, row, column]                          # [n, 3]
-            volume = pixels.volumes[net][b]                        # [n]
+            place = places[b, row, column]                         # [n, 3]
+            volume = pixels.volume[b]                              # [n]
             r, near = bank.nearest(place, volume, o.radius)
             L = L + reps_loss(z, y[b, row, column], r, near, o.temperature)
             bank.push(F.normalize(z.detach().float(), dim=1), place, volume)
@@ -584,7 +593,7 @@ def start_training(run, seed):
 
 
 def set_rates(optimiser, step, T):
-    """Each group's peak, warmed up and then half a cosine down to 0."""
+    """Each group's peak times its warm-up times half a cosine, both from step 0."""
     for group in optimiser.param_groups:
         warm = min(1, (step + 1) / (group["warm_up"] + 1))
         group["lr"] = group["peak"] * warm * cosine(step, T)
@@ -751,6 +760,11 @@ def points(shape, step, centre=0.):
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1) + centre
 
 
+def apart(shape, step, counts):
+    """mm between `counts` voxels or points along each axis of a grid: shape in voxels of `step`."""
+    return [n * mm / count for n, mm, count in zip(shape, step, counts)]
+
+
 def half_size(shape, step):
     """Half the size of a grid in mm, [3]."""
     return torch.tensor([n * mm / 2 for n, mm in zip(shape, step)])
@@ -812,10 +826,10 @@ def local_correlation(a, b, weight, radius=(1, 2, 2), flat=1e-3):
     in [-1, 1].
     """
     products = torch.cat([a, b, a * a, b * b, a * b], 1)           # [B, 5, Z, Y, X]
-    a_, b_, aa, bb, ab = box_mean(products, radius).split(1, 1)
-    cov = ab - a_ * b_
-    var_a = (aa - a_ * a_).clamp(min=0)
-    var_b = (bb - b_ * b_).clamp(min=0)
+    mean_a, mean_b, mean_aa, mean_bb, mean_ab = box_mean(products, radius).split(1, 1)
+    cov = mean_ab - mean_a * mean_b
+    var_a = (mean_aa - mean_a * mean_a).clamp(min=0)
+    var_b = (mean_bb - mean_b * mean_b).clamp(min=0)
     weight = weight * var_a / (var_a + flat)
     cc = cov * cov.abs() / (var_a * var_b + 1e-8)
     total = weight.flatten(1).sum(1).clamp(min=1e-3)               # [B]
@@ -871,7 +885,7 @@ def register_affine(fixed, moving, p, step):
         return local_correlation(f, m, w_f * w_m)
 
     side = p.amax((0, 1, 2)) - p.amin((0, 1, 2))                   # [3] mm
-    starts = affine_starts(side / 6, TURN)                    # [225, 3, 4]
+    starts = affine_starts(side / 6, TURN)                         # [225, 3, 4]
     every = torch.arange(B)
     with torch.no_grad():
         found = [similarity(A.expand(B, 3, 4), every) for A in starts]
@@ -885,7 +899,7 @@ def register_affine(fixed, moving, p, step):
 def refine_affine(A, similarity, mm):
     """Adam from the maps A [n, 3, 4] towards a larger `similarity`; mm: a voxel, for the rate.
 
-    Returns the maps and their similarity [n].
+    Returns the maps before the last step and their similarity [n].
     """
     M, b = A.split([3, 1], 2)                                      # [n, 3, 3], [n, 3, 1]
     change = torch.zeros_like(M, requires_grad=True)
@@ -899,7 +913,7 @@ def refine_affine(A, similarity, mm):
         now = torch.cat([turned, b + shift], 2)                    # [n, 3, 4]
         s = similarity(now)                                        # [n]
         optimiser.zero_grad()
-        (.3 * change.square().sum() - s.sum()).backward()
+        (.3 * change.square().sum() - s.sum()).backward()          # not far from the start
         optimiser.step()
     return now.detach(), s.detach()
 
@@ -923,7 +937,7 @@ def control_points(shape, step, across):
     """Control points over a box [z, y, x, 3], `across` along its longest side, 3 at least."""
     size = [n * mm for n, mm in zip(shape, step)]
     counts = [max(3, round(across * s / max(size))) for s in size]
-    return points(counts, [s / n for s, n in zip(size, counts)])
+    return points(counts, apart(shape, step, counts))
 
 
 def roughness(v, mm):
@@ -935,22 +949,22 @@ def roughness(v, mm):
     return total
 
 
-def register_deformable(fixed, moving, weight, step, stiffness=.3):
+def register_deformable(fixed, moving, weight, step, stiffness):
     """Smooth displacements u (mm) such that `moving` at x + u(x) looks like `fixed` at x.
 
-    fixed, moving, weight [B, 1, Z, Y, X] on one grid with voxels of `step` mm. Coarse to fine:
-    LEVELS, between the control points u is trilinear. `stiffness` weighs the mean square of the
-    velocity's gradient. Returns u at the control points, [B, 3, z, y, x].
+    fixed, moving, weight [B, 1, Z, Y, X] on one grid with voxels of `step` mm; the weight moves
+    with `moving`. Coarse to fine: LEVELS, between the control points u is trilinear. `stiffness`
+    weighs the mean square of the velocity's gradient. Returns u at the control points,
+    [B, 3, z, y, x].
     """
     whole = fixed.shape[2:]
-    size = [n * mm for n, mm in zip(whole, step)]
-    v = torch.zeros(len(fixed), 3, 3, 3, 3)
+    v = torch.zeros(len(fixed), 3, 3, 3, 3)                        # [B, 3, z, y, x]: at rest
     for across, smaller in LEVELS:
         places = control_points(whole, step, across)               # [z, y, x, 3]
-        apart = [s / n for s, n in zip(size, places.shape)]        # mm between control points
+        between = apart(whole, step, places.shape[:3])             # mm between control points
         Z, Y, X = whole
         shape = [Z, math.ceil(Y / smaller), math.ceil(X / smaller)]
-        voxel = [s / n for s, n in zip(size, shape)]               # mm, on this level
+        voxel = apart(whole, step, shape)                          # mm, on this level
         small = [F.interpolate(x, shape, mode="area") for x in (fixed, moving, weight)]
         f = small[0]                                               # [B, 1, *shape]
         m_and_w = torch.cat(small[1:], 1)                          # [B, 2, *shape]
@@ -961,7 +975,7 @@ def register_deformable(fixed, moving, weight, step, stiffness=.3):
             optimiser.param_groups[0]["lr"] = voxel[1] / 5 * cosine(n, REGISTRATION_STEPS)
             u = resize(exponential(v, places), shape)              # [B, 3, *shape]
             m, w = sample(m_and_w, displaced(p, u), voxel).split(1, 1)
-            loss = stiffness * roughness(v, apart) - local_correlation(f, m, w)      # [B]
+            loss = stiffness * roughness(v, between) - local_correlation(f, m, w)    # [B]
             optimiser.zero_grad()
             loss.sum().backward()
             optimiser.step()
@@ -1086,13 +1100,13 @@ class Frame:
     def places(self, pair, y):
         """T_back(y): the places y [..., 3] of another volume in this one; nan outside the box."""
         A, back, box = pair["A"], pair["back"], self.box
+        shape = box.p.shape[:3]
         x = (y - A[:, 3]) @ torch.linalg.inv(A[:, :3]).T           # x' = A^-1 y
         x = (x - self.centre)[None]                                # [1, ..., 3], about the centre
-        size = [n * mm for n, mm in zip(box.p.shape, box.step)]
-        apart = [s / n for s, n in zip(size, back.shape[1:])]      # mm between control points
-        d = sample(back[None], x, apart, padding="border")         # [1, 3, ...]
+        between = apart(shape, box.step, back.shape[1:])           # mm between control points
+        d = sample(back[None], x, between, padding="border")       # [1, 3, ...]
         there = displaced(x, d) + self.centre
-        outside = inside(x, box.p.shape[:3], box.step)[0, 0] == 0  # [...]
+        outside = inside(x, shape, box.step)[0, 0] == 0            # [...]
         return torch.where(outside[..., None], torch.nan, there[0])
 
     def warp_one_hot(self, pair, volume):
@@ -1120,8 +1134,8 @@ def register_batch(frame, moving, step, stiffness):
 
     The two displacements are found independently; both are over the frame's box, in mm. moving
     [B, 2, Z, Y, X]: image and mask, voxels of `step` mm. A pair is a dict: A [3, 4]; there, back
-    [3, z, y, x] at control points; similarity `before`, after A (`affine`) and `after` all; `cycle`
-    error in mm (mean over the frame's organs); share of voxels that T_back has `folded`.
+    [3, z, y, x] at control points; similarity `before`, after A (`affine`) and `after` T_there;
+    `cycle` error in mm (mean over the frame's organs); share of voxels that T_back has `folded`.
     """
     box = frame.box
     coarse = frame.coarse
@@ -1168,7 +1182,8 @@ def register_all(run, volumes, labelled):
     dataset = run.dataset
     shape, step = registration_grid(run)
     data = Path(dataset.images.filename).parent.name               # the key of the prepared slices
-    made_of = json.dumps([REGISTRATION_VERSION, data, volumes, o.stiffness])
+    how = [REGISTRATION_VERSION, TURN, REFINED, LEVELS, REGISTRATION_STEPS, o.stiffness]
+    made_of = json.dumps([*how, data, volumes])
     key = hashlib.sha1(made_of.encode()).hexdigest()[:16]
     folder = common.make_folder(Path(o.cache) / f"registration-{key}")
     frames = {n: Frame(run, n) for n in labelled}
@@ -1347,10 +1362,10 @@ class SwinBlock(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
-def stage(dim, depth, window, heads):
-    """`depth` blocks, every second one shifted by half a window: [B, H, W, dim]."""
-    shifts = [window // 2 * (n % 2) for n in range(depth)]
-    return nn.Sequential(*[SwinBlock(dim, window, heads, shift) for shift in shifts])
+def stage(dim, window, heads):
+    """Two blocks, the second one shifted by half a window: [B, H, W, dim]."""
+    return nn.Sequential(SwinBlock(dim, window, heads, 0),
+                         SwinBlock(dim, window, heads, window // 2))
 
 
 class PatchMerging(nn.Module):
@@ -1384,14 +1399,14 @@ class SwinUNet(nn.Module):
     Three stages down, two up, skips between them. Any input size: it pads to a multiple of 16
     windows; where `window` divides S / 16 there is nothing to pad.
     """
-    def __init__(self, channels, classes, dim=48, window=6, depths=(2, 2, 2), heads=(3, 6, 12)):
+    def __init__(self, channels, classes, dim, window):
         super().__init__()
         self.unit = 16 * window                                    # a side that all windows divide
         self.patches = nn.Conv2d(channels, dim, 4, 4)
         self.patch_norm = nn.LayerNorm(dim)
-        self.down_1 = stage(dim, depths[0], window, heads[0])
-        self.down_2 = stage(2 * dim, depths[1], window, heads[1])
-        self.down_3 = stage(4 * dim, depths[2], window, heads[2])
+        self.down_1 = stage(dim, window, 3)
+        self.down_2 = stage(2 * dim, window, 6)
+        self.down_3 = stage(4 * dim, window, 12)
         self.merge_1 = PatchMerging(dim)
         self.merge_2 = PatchMerging(2 * dim)
         self.norm = nn.LayerNorm(4 * dim)
@@ -1399,8 +1414,8 @@ class SwinUNet(nn.Module):
         self.expand_1 = PatchExpanding(2 * dim, dim, 2)
         self.join_2 = nn.Linear(4 * dim, 2 * dim)
         self.join_1 = nn.Linear(2 * dim, dim)
-        self.up_2 = stage(2 * dim, depths[1], window, heads[1])
-        self.up_1 = stage(dim, depths[0], window, heads[0])
+        self.up_2 = stage(2 * dim, window, 6)
+        self.up_1 = stage(dim, window, 3)
         self.last = PatchExpanding(dim, dim // 2, 4)
         self.head = nn.Conv2d(dim // 2, classes, 1)
 
@@ -1480,7 +1495,8 @@ def ranks(values):
 def draw_registration(run, registered):
     """registration.png: some volumes and their partners, on the middle slice of the box.
 
-    Fixed, moving before, after the affine map, after all, and the Jacobian, folded voxels in red.
+    Fixed; moving before, after the affine map, after T_there; the Jacobian of T_back, which moves
+    the labels, folded voxels in red.
     """
     some = evenly([u for u in registered.volumes if u not in registered.labelled], 4)
     figure, axes = common.new_figure(len(some), 5)
@@ -1495,13 +1511,13 @@ def draw_registration(run, registered):
             common.show(axis, picture.cpu(), title=title)
         row[4].imshow(J.cpu(), cmap="gray", vmin=0, vmax=2)
         row[4].imshow(np.ma.masked_greater(J.cpu(), 0), cmap="autumn")
-        row[4].set_title(f"Jacobian, {100 * float(pair['folded']):.2f} % folded\n"
+        row[4].set_title(f"T_back: {100 * float(pair['folded']):.2f} % folded\n"
                          f"cycle {float(pair['cycle']):.1f} mm", fontsize=8)
     common.save_figure(figure, run.out / "figures/registration.png")
 
 
 def registration_pictures(run, registered, u, n):
-    """The four pictures of the pair (u, n) and the Jacobian, on the middle slice of the box."""
+    """Four pictures of the pair (u, n) and T_back's Jacobian, on the middle slice of the box."""
     shape, step = registration_grid(run)
     moving = on_grid(run.dataset, u, points(shape, step))          # [1, 2, Z, Y, X]
     pair = registered.pairs[u, n]
@@ -1513,7 +1529,7 @@ def registration_pictures(run, registered, u, n):
     images = [box.image]
     for p in (box.p[None], move(A, box.p), move(A, end)):
         images.append(sample(moving, p, step))
-    J = jacobian(there, whole, box.step)[0]                        # [Z-1, Y-1, X-1]
+    J = jacobian(pair["back"][None], whole, box.step)[0]           # [Z-1, Y-1, X-1]
     middle = len(box.p) // 2
     return [x[0, 0, middle] for x in images], J[min(middle, len(J) - 1)]
 
@@ -1588,9 +1604,10 @@ def draw_pseudo_labels(run):
 
 # ------------------------------------------------------------------------------------------- main
 
-LOOK = """what registration brings onto a labelled scan can take its label: the fourth column
-should look like the first. pseudo_labels.png beside it has the Dice of such labels and of the
-networks' own over training: see how soon, or whether, the networks overtake the registration."""
+LOOK = """what registration brings onto a labelled scan (the fourth column should look like the
+first) can take its label, by the map that goes back. pseudo_labels.png beside it has the Dice of
+such labels and of the networks' own over training: see how soon, or whether, the networks overtake
+the registration."""
 
 
 def main(arguments=None):
@@ -1599,10 +1616,10 @@ def main(arguments=None):
         return common.predict_files(o)
     run = common.Run(o)
     check(run)
-    rows = run.choose("scratch", row_name(o))
+    methods = run.choose("scratch", row_name(o))
     run.begin()
     registered = {}
-    if row_name(o) in rows and not nothing_on(o):
+    if row_name(o) in methods and not nothing_on(o):
         registered = registrations(run)
     for row in run.rows():
         if row.method == "scratch" or nothing_on(o):

@@ -526,10 +526,12 @@ def main(arguments=None):
     check(run)
     is_pcl = o.decoder_blocks == o.lambda2 == o.lambda3 == 0
     ours = "pcl" if is_pcl else METHOD
-    rows = run.choose("scratch", ours)
+    methods = run.choose("scratch", ours)
     run.begin()
     large = common.prepare(run.cases, o.spacing, o.pretrain_size, o.cache)
-    start = run.pretrained() or (pretrain(run, large) if ours in rows else None)
+    start = run.pretrained()
+    if start is None and ours in methods:
+        start = pretrain(run, large)
     for row in run.rows():
         unet = finetune(run, row, start if row.method == ours else None)
         run.score(row, unet)

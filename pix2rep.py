@@ -747,13 +747,14 @@ def main(arguments=None):
         return common.predict_files(o, build)
     run = common.Run(o)
     check(run)
-    methods = ["scratch", "random-probe", "probe", "pix2rep"]
+    known = ["scratch", "random-probe", "probe", "pix2rep"]
     if o.mean_teacher:
-        methods += ["scratch-mt", "pix2rep-mt"]
-    rows = run.choose(*methods)
+        known += ["scratch-mt", "pix2rep-mt"]
+    methods = run.choose(*known)
     run.begin()
-    wanted = any(method in rows for method in PRETRAINED)
-    start = run.pretrained() or (pretrain(run) if wanted else None)
+    start = run.pretrained()
+    if start is None and set(methods) & set(PRETRAINED):
+        start = pretrain(run)
     for row in run.rows():
         train = linear_probe if row.method.endswith("probe") else finetune
         net = train(run, row, start if row.method in PRETRAINED else None)

@@ -36,8 +36,8 @@ published no code. The paper has three numbered equations, which could not be re
     takes the same t, as its own is not known [ours]: `--threshold`, `--threshold-la`. Pre-trained
     on several sets, each keeps its own t [ours].
  5. Total: L_GP + lambda L_WLA, lambda = 1, and our L_U beside them [ours].
- 6. LA has no repulsion and is won by features that teach nothing; L_U repels pixels of different
-    places. Without it LA collapses (results/sal.md). The log has `WLA_strangers` beside WLA: the
+ 6. LA has no repulsion and is 0 when all features are equal; L_U repels pixels of different places.
+    Without it LA collapses (results/sal.md). The log has `WLA_strangers` beside WLA: the
     same loss between views that do not belong together: of another pair, nearly always of another
     volume, and moved otherwise. Off unless asked for: matches within a `--radius` of the own place,
     `--spare-matches` [ours].
@@ -93,7 +93,7 @@ OPTIONS = [
     ("weight_gp", 1., None, None, "of L_GP; 0: LA and L_U alone"),
     ("weight_la", 1., None, None, "lambda, of L_WLA; 0: GP and L_U alone; --weight-u 0 too: GP"),
     ("weight_u", 1., None, None, "of L_U, ours; 0: LA as we read the paper, which collapses"),
-    ("windows", 4, None, None, "r: r x r windows; r divides h and w; 1: LA; h: the own place"),
+    ("windows", 4, None, None, "r: r x r windows; r divides h and w; 1: whole map; h: same place"),
     ("radius", 0, None, None,
      "how far from its own place a match may lie, in places; 0: no limit (ours)"),
     ("spare_matches", False, None, None, "L_U does not repel what LA has just matched (ours)"),
@@ -135,7 +135,7 @@ def check(run):
         (o.weight_gp == o.weight_la == 0,
          "--weight-gp 0 --weight-la 0: nothing of the paper is left to train; drop one of them"),
         (o.spare_matches and not (o.weight_la and o.weight_u),
-         "--spare-matches: spares LA's matches from L_U, so it needs both --weight-la and -u"),
+         "--spare-matches: spares LA's matches from L_U; needs --weight-la and --weight-u above 0"),
         (not 0 < np.min(o.threshold) <= 1,                         # a number, or our list
          f"--threshold {o.threshold}: use a share of the volume's length in (0, 1]"),
         (not 0 < np.min(o.threshold_la) <= 1,
@@ -211,8 +211,9 @@ def best_matches(x_i, x_j, windows, radius):
     q = A.argmax(2).unflatten(0, (B, -1))                          # [B, r^2, hw/r^2], in the window
     place = torch.arange(h * w, device=q.device)
     place = to_windows(place.view(1, 1, h, w), windows)[..., 0]    # [r^2, hw/r^2]: window -> map
-    q = place.expand_as(q).gather(2, q).flatten(1)                 # [B, hw], window by window
-    return q[:, place.flatten().argsort()]                         # [B, hw], row by row
+    match = torch.empty_like(q).flatten(1)                         # [B, hw]
+    match[:, place.flatten()] = place.expand_as(q).gather(2, q).flatten(1)
+    return match
 
 
 def matched_pairs(x_i, x_j, windows, radius):
@@ -247,7 +248,7 @@ def global_positional_loss(z, position, threshold, temperature):
     count = P.sum(1)                                               # [n]: |P(a)|
     per_anchor = -(log_prob * P).sum(1) / count.clamp(min=1)       # [n]
     if not count.any():
-        return z.sum() * 0
+        return z.sum() * 0                                         # 0 that backward can start at
     return per_anchor[count > 0].mean()
 
 
@@ -258,9 +259,9 @@ def uniformity_loss(x, volume, places=16, sharpness=4., spared=None):
 
     s = `sharpness`; over m = `places` (or hw, if fewer) random places p, q of all n views a, b.
     Repelled are different places, of one volume or two, and the same place of two volumes: without
-    that the network could read the place off the zero padding and make LA 0 without anatomy. The
-    first also repels what LA has just matched, unless `spared` [n/2, hw, hw] has that p of view a
-    and q of view a + n/2; the second also repels ED and ES of one heart. x [n, C, h, w] before
+    that the network could read the place off the zero padding and make LA 0 without anatomy.
+    Different places may be what LA has just matched, unless `spared` [n/2, hw, hw] has that p of
+    view a and q of view a + n/2; two volumes may be ED and ES of one heart. x [n, C, h, w] before
     normalisation, volume [n]. Returns a scalar: about 0.1 when pixels are unrelated, 4 when all are
     equal.
     """
@@ -283,9 +284,9 @@ def uniformity_loss(x, volume, places=16, sharpness=4., spared=None):
         pairs[a, :, a + n // 2] &= ~spared
         pairs[a + n // 2, :, a] &= ~spared.mT
     with torch.autocast(x.device.type, enabled=False):
-        sim = (sharpness * X) @ X.T                                # [n m, n m]
-    sim = sim[repelled]                                            # [pairs that repel]
-    return sim.logsumexp(0) - math.log(len(sim))
+        scaled = (sharpness * X) @ X.T                             # [n m, n m]: s sim
+    scaled = scaled[repelled]                                      # [pairs that repel]
+    return scaled.logsumexp(0) - math.log(len(scaled))             # log of a mean of exponentials
 
 
 def pair_kinds(volume, slice_number, depth, threshold):
@@ -433,6 +434,7 @@ def finetune(run, row, start=None):
         taken, _ = common.load_weights(unet, start["unet"], start["parts"])
     old = [p for k, p in unet.named_parameters() if k in taken]
     new = [p for k, p in unet.named_parameters() if k not in taken]
+    # "peak" is ours, for the schedule; AdamW passes it on
     groups = [{"params": old, "peak": o.pretrained_lr}, {"params": new, "peak": o.lr}]
     optimiser = torch.optim.AdamW(groups, weight_decay=1e-4)
     for step in run.steps(row.name, o.steps, (unet,), optimiser):
@@ -482,8 +484,9 @@ def draw_matches(run, pretrained):
     i = len(images) // 2 - 1
     picture = images[:, 0].cpu()                                   # [V, S, S]
     figure, axes = common.new_figure(1, 5, 3.0, 3.2)
-    axes = axes[0]
-    common.show(axes[0], picture[i], title="slice i, query pixels")
+    query, *matches = axes[0, :3]
+    heats = axes[0, 3:]
+    common.show(query, picture[i], title="slice i, query pixels")
     for column, weights in enumerate([None, pretrained]):
         title = ["before", "after"][column]
         X = feature_maps(run, images, weights)                     # [V, C, h, w]
@@ -491,19 +494,18 @@ def draw_matches(run, pretrained):
         A = X[i].flatten(1).T @ X[i + 1].flatten(1)                # [hw, hw] cosine similarities
         match = best_matches(X[[i]], X[[i + 1]], o.windows, o.radius)[0]       # [hw]
         similarity = A.gather(1, match[:, None])                   # [hw, 1]
-        common.show(axes[1 + column], picture[i + 1],
+        common.show(matches[column], picture[i + 1],
                     title=f"slice i+1, best matches {title}\nmean best similarity "
                           f"{similarity.mean():.2f}, all pairs {A.mean():.2f}")
         for n in range(9):                                         # a 3 x 3 pattern of queries
             y = [h // 3, h // 2, 2 * h // 3][n // 3]
             x = [w // 3, w // 2, 2 * w // 3][n % 3]
             best = int(match[y * w + x])
-            mark_place(axes[0], y, x, o.size / w, f"C{n}")
-            mark_place(axes[1 + column], best // w, best % w, o.size / w, f"C{n}")
+            mark_place(query, y, x, o.size / w, f"C{n}")
+            mark_place(matches[column], best // w, best % w, o.size / w, f"C{n}")
         middle = (h // 2) * w + w // 2
-        axes[3 + column].imshow(A[middle].view(h, w), cmap="magma", vmin=-.5, vmax=1)
-        axes[3 + column].set_title(f"similarity to the middle\npixel of slice i, {title}",
-                                   fontsize=8)
+        heats[column].imshow(A[middle].view(h, w), cmap="magma", vmin=-.5, vmax=1)
+        heats[column].set_title(f"similarity to the middle\npixel of slice i, {title}", fontsize=8)
     common.save_figure(figure, run.out / "figures/matches.png")
 
 
@@ -516,7 +518,8 @@ def mark_place(axis, y, x, pixels, colour):
 
 # ------------------------------------------------------------------------------------------- main
 
-LOOK = """once pre-trained, the pixels of a slice find their own place in the next slice.
+LOOK = """in the two maps on the right much of the next slice is
+like the middle pixel before pre-training, and after it hardly anything but that pixel's own place.
 In the table, `gain` is what that is worth beside the same network from scratch."""
 LOOK_INIT = """the networks of this run; what the weights of --init have learnt is drawn by the run
 that made them. In the table, `gain` is what they are worth beside the same network from scratch."""
@@ -528,9 +531,11 @@ def main(arguments=None):
         return common.predict_files(o)
     run = common.Run(o)
     check(run)
-    rows = run.choose("scratch", "sal")
+    methods = run.choose("scratch", "sal")
     run.begin()
-    start = run.pretrained() or (pretrain(run) if "sal" in rows else None)
+    start = run.pretrained()
+    if start is None and "sal" in methods:
+        start = pretrain(run)
     for row in run.rows():
         unet = finetune(run, row, start if row.method == "sal" else None)
         run.score(row, unet)

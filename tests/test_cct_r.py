@@ -92,7 +92,7 @@ def test_a_known_smooth_field_is_recovered():
     moving = scene(p)[None, None]
     fixed = scene(p + d[0].movedim(0, -1))[None, None]             # moving(x + d) = fixed(x)
     weight = torch.ones_like(fixed)
-    u = register_deformable(fixed, moving, weight, STEP)
+    u = register_deformable(fixed, moving, weight, STEP, .3)
     found = F.interpolate(u, p.shape[:3], mode="trilinear")
     error = (found - d).norm(dim=1)
     assert error.mean() < .45 * d.norm(dim=1).mean()
@@ -110,7 +110,7 @@ def test_identical_volumes_stay_where_they_are():
     A, similarity = register_affine(with_mask(x), with_mask(x), p, STEP)
     assert (cct_r.move(A, p) - p).norm(dim=-1).max() < 1           # mm
     assert similarity > .99
-    u = register_deformable(x, x, weight, STEP)
+    u = register_deformable(x, x, weight, STEP, .3)
     assert u.norm(dim=1).mean() < 1
     assert u.abs().max() < 4
 
@@ -420,7 +420,7 @@ def made_up_pixels(B=2, S=16, d=4):
     fine = [torch.randn(B, d, S // 2, S // 2) for _ in range(2)]
     classes = [torch.randint(0, 3, (B, S, S)) for _ in range(2)]
     place = torch.rand(B, S, S, 3)
-    return cct_r.Pixels(coarse, fine, classes, [place] * 2, [torch.arange(B)] * 2)
+    return cct_r.Pixels(coarse, fine, classes, place, torch.arange(B))
 
 
 def test_what_the_contrast_compares(monkeypatch):
@@ -446,7 +446,8 @@ def test_what_the_contrast_compares(monkeypatch):
         assert torch.equal(small[net], classes[:, 4::8, 4::8])
         assert torch.equal(fine[net], torch.cat([first.fine[net], second.fine[net]]))
         assert torch.equal(coarse[net], torch.cat([first.coarse[net], second.coarse[net]]))
-        assert torch.equal(pixels.volumes[net], torch.tensor([0, 1, 0, 1]))
+    assert torch.equal(pixels.volume, torch.tensor([0, 1, 0, 1]))
+    assert torch.equal(pixels.place, torch.cat([first.place, second.place]))
 
 
 def test_the_class_of_a_cell_is_that_of_its_middle():
@@ -475,8 +476,9 @@ def test_memory_bank():
     bank.push(5 * torch.ones(1, 2), torch.tensor([[7., 7, 7]]), torch.tensor([2]))
     assert bank.place[2].tolist() == [[7, 7, 7], [0, 0, 9]]        # the oldest goes
     assert bank.next.tolist() == [0, 1, 1, 0]
-    bank.push(torch.rand(5, 2), torch.rand(5, 3), torch.full((5,), 3))     # more than it holds
-    assert (bank.place[3] < 1).all()
+    five = torch.arange(5.)[:, None].expand(5, 3)
+    bank.push(torch.rand(5, 2), five, torch.full((5,), 3))         # more than it holds: evenly
+    assert bank.place[3].tolist() == [[0, 0, 0], [2, 2, 2]]
     _, near = MemoryBank(4, 2, 2).nearest(where, torch.tensor([1, 2, 3]), 5.)
     assert not near.any()                                          # empty
 
@@ -590,7 +592,7 @@ def test_reps_anchors_have_a_place_and_fill_the_banks(monkeypatch):
     organ[:, 1::2] = 3                                             # odd pixels: never looked at
     organ[:, :, 1::2] = 3
     volume = torch.tensor([7, 9])
-    pixels = cct_r.Pixels([None] * 2, fine, [organ] * 2, [place] * 2, [volume] * 2)
+    pixels = cct_r.Pixels([None] * 2, fine, [organ] * 2, place, volume)
     banks = [MemoryBank(10, 16, 3), MemoryBank(10, 16, 3)]
     L = cct_r.reps_terms(o, banks, pixels)
     assert L.item() > 0
@@ -604,7 +606,7 @@ def test_reps_anchors_have_a_place_and_fill_the_banks(monkeypatch):
         for one, k in zip(z, y):
             row, column = (features[1] == one[:, None, None]).all(0).nonzero()[0].tolist()
             assert k == organ[1, 2 * row, 2 * column]
-    nowhere = pixels._replace(places=[place * torch.nan] * 2)
+    nowhere = pixels._replace(place=place * torch.nan)
     assert cct_r.reps_terms(o, banks, nowhere) == 0
 
 
