@@ -60,7 +60,8 @@ class Decoder(nn.Module):
     """Blocks from the deepest level up: transposed convolution, skip connection, convolutions."""
     def __init__(self, widths):
         super().__init__()
-        pairs = list(zip(widths[:0:-1], widths[-2::-1]))           # (deeper, shallower)
+        up = widths[::-1]                                          # from the deepest level
+        pairs = list(zip(up, up[1:]))                              # (deeper, shallower)
         self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairs)
         self.blocks = nn.ModuleList(conv_block(2 * b, b) for _, b in pairs)
 
@@ -216,7 +217,8 @@ def _place(x, size, value=0.):
     """Crop or pad the last two axes to `size` [rows, columns] about the centre."""
     for axis, want in ((-2, size[0]), (-1, size[1])):
         have = x.shape[axis]
-        before = (want - have) // 2 if want > have else -((have - want) // 2)
+        before = abs(want - have) // 2                             # so cropping undoes padding
+        before = before if want > have else -before
         pad = [before, want - have - before]                       # negative padding crops
         x = F.pad(x, pad if axis == -1 else [0, 0] + pad, value=value)
     return x
@@ -249,7 +251,7 @@ def to_native(probs, shape, spacing, target):
 
 # -------------------------------------------------------------------------------- prepared slices
 
-CACHE_VERSION = 4
+CACHE_VERSION = 4                   # one more for any change of what `prepare` writes
 
 
 class SliceDataset:
@@ -297,7 +299,8 @@ def voxel_digest(image):
     """Sixteen letters that stand for the voxels of a scan, in whatever file and order they are.
 
     How often each grey value occurs, from the darkest on: so a copy that was compressed anew,
-    stored as another type, turned, flipped or scaled has the same; one that was resampled has not.
+    stored as another type, turned, flipped or scaled has the same; one that was resampled, cropped
+    or clipped has not.
     """
     _, counts = np.unique(image, return_counts=True)
     return hashlib.sha1(counts.astype(np.int64)).hexdigest()[:16]
@@ -314,13 +317,18 @@ def prepare(cases, target, size, cache):
         files.extend(case.files)
         if case.label:
             files.append(case.label)
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    try:
+        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); "
+                        "bring it there or remove the case") from None
     key = digest([CACHE_VERSION, stats, target, size, cases.classes, cases.ranges, cases.modality,
                   cases.channels])
     folder = Path(cache) / key
     if (folder / "index.json").is_file():
         return SliceDataset(folder)
     partial = folder.with_name(f"{key}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)                     # of one that was killed
     try:
         partial.mkdir(parents=True)
         _write_slices(cases, target, size, partial)
@@ -374,8 +382,9 @@ def _write_slices(cases, target, size, folder):
 class Pool:
     """The slices that pre-training draws from, of one dataset or of several, numbered from 0.
 
-    parts: [(SliceDataset, numbers of its slices)], whole volumes in order. volume, slice, depth,
-    position [N] and `image` as in `SliceDataset`; numbers [N]: 0, 1, 2, ... Positions of the k-th
+    parts: [(SliceDataset, numbers of its slices)], whole volumes in order. slice, depth, position
+    [N] and `image` as in `SliceDataset`; volume [N], counted through all sets; numbers [N]: 0, 1,
+    2, ... Positions of the k-th
     dataset have 2 k added, so that none is close to one of another set: half-way up a heart is not
     half-way up an abdomen (ours).
     """
@@ -704,8 +713,10 @@ def table(summary, gains, classes):
     gain = {(g["method"], g["labelled"]): _cell(g["gain"], g["std"], "+.1f", 100) for g in gains}
     for r in sorted(summary, key=lambda r: r["labelled"]):
         cells = [str(r["labelled"]), r["method"]]
-        cells += [_cell(*r[k].values(), ".3f") for k in (*classes[1:], "mean_dice")]
-        cells += [_cell(*r[k].values(), ".1f") for k in ("hd95_mm", "assd_mm")]
+        for key in (*classes[1:], "mean_dice"):
+            cells.append(_cell(r[key]["mean"], r[key]["std"], ".3f"))
+        for key in ("hd95_mm", "assd_mm"):
+            cells.append(_cell(r[key]["mean"], r[key]["std"], ".1f"))
         cells += [f"{r['missed']} of {r['n_scores']}", gain.get((r["method"], r["labelled"]), "")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -774,7 +785,7 @@ def load_checkpoint(path, method=None, options=None):
     for key, value in (options or {}).items():
         if made.get(key) != value:
             raise DataError(f"{path}: made with {key} = {made.get(key)}, now {value}; "
-                            "use the same options or another --out")
+                            "use the same options, another --out, or no --scratch")
     return content
 
 
@@ -1126,9 +1137,8 @@ class Run:
         first = 0
         if self.o.resume and path.exists():
             state = load_checkpoint(path, self.o.method, self.kept())
-            if state["phase"] == phase:
-                first = resume_training(state, modules, optimiser)
-                begun -= state["seconds"]                          # of the runs before
+            first = resume_training(state, modules, optimiser)
+            begun -= state["seconds"]                              # of the runs before
         for step in trange(first, total, initial=first, total=total, desc=phase, disable=None):
             yield step
             if self.o.claims and os.getppid() != self.parent:      # a worker's parent was killed
@@ -1193,9 +1203,17 @@ class Run:
         return [Row(m, n, seed) for n in o.labelled for seed in o.seeds for m in methods]
 
     def checkpoint(self, row):
-        """Where the network of a row that is done lies: in the run, or else in --scratch."""
+        """Where the network of a done row lies: in the run, or a baseline's in --scratch."""
         path = self.out / f"{row.name}.pt"
-        return path if path.exists() else Path(self.o.scratch or self.out) / path.name
+        if path.exists() or not self.o.scratch or row.method not in self.baselines:
+            return path
+        return Path(self.o.scratch) / path.name
+
+    def check_classes(self, path, content):
+        """Raise DataError unless a row was trained on this run's classes."""
+        if content["classes"] != self.classes:
+            raise DataError(f"{path}: its classes are {', '.join(content['classes'])}, now "
+                            f"{', '.join(self.classes)}; use another --out, or no --scratch")
 
     def shared(self, row):
         """The checkpoint of a row in --scratch, or None. DataError if made otherwise."""
@@ -1206,6 +1224,7 @@ class Run:
             return None
         options = self.kept()
         content = load_checkpoint(path, None, {k: options[k] for k in self.baselines[row.method]})
+        self.check_classes(path, content)
         if content["patients"] != self.patients(row.labelled):
             raise DataError(f"{path}: trained on {' '.join(content['patients'])}, this run takes "
                             f"{' '.join(self.patients(row.labelled))}; leave out --scratch")
@@ -1215,7 +1234,9 @@ class Run:
         """The checkpoint of a row that is done, here (--resume) or in --scratch; else None."""
         path = self.out / f"{row.name}.pt"
         if (self.o.resume or self.o.workers > 1) and path.exists():
-            return load_checkpoint(path, self.o.method, self.kept())
+            content = load_checkpoint(path, self.o.method, self.kept())
+            self.check_classes(path, content)
+            return content
         return self.shared(row)
 
     def score(self, row, net, **others):
@@ -1271,7 +1292,7 @@ class Run:
     def report(self, figure, words):
         """Draw the Dice curve, print the table, its rule, and what to look at in which figure."""
         o = self.o
-        draw_dice_curve(self.summary, self.out / "figures/dice.png")
+        draw_dice_curve(self.summary, o.split, self.out / "figures/dice.png")
         seconds = sum(seconds_by_phase(self.out).values())
         minutes = (clock(self.device) - self.begun) / 60
         write_atomic(self.out / "run.txt", f"{self.started}; {minutes:.0f} min\n")
@@ -1476,6 +1497,9 @@ def predict_files(o, build=build_unet):
     if len({stem(f) for f in o.predict}) < len(o.predict):
         raise DataError("--predict: two images have the same name; "
                         "segment them in two runs with different --out")
+    if content["modality"] == "[0, 1]":
+        raise DataError(f"{o.checkpoint}: trained on npz slices, which say neither mm nor HU; "
+                        "no NIfTI file is like them, train on the scans as NIfTI")
     device = pick_device(o.device)
     made = content["options"]
     classes = content["classes"]
@@ -1486,8 +1510,8 @@ def predict_files(o, build=build_unet):
     like = Cases([], ".", "plain", classes, modality=content["modality"],
                  channels=content["channels"])
     for file in map(Path, o.predict):
-        first = re.sub(r"_\d{4}\.nii", "_0000.nii", str(file))
-        if like.channels > 1 and first != str(file) and first in map(str, o.predict):
+        first = file.with_name(re.sub(r"_\d{4}\.nii", "_0000.nii", file.name))
+        if like.channels > 1 and first != file and first in map(Path, o.predict):
             continue                                               # read with its first channel
         image, spacing = read_image(channel_files(file, like.channels), like)      # [C, V, H, W]
         if like.modality == "CT" and not all(in_hounsfield(c) for c in image):
@@ -1496,7 +1520,8 @@ def predict_files(o, build=build_unet):
         x = to_network(x, spacing, made["spacing"], made["size"]).to(device)       # [V, C, S, S]
         label = predict(unet, x, image.shape[1:], spacing, made["spacing"])        # [V, H, W]
         label = label.cpu().numpy()
-        write_nifti(out / f"{stem(file)}.nii.gz", label, file)
+        with writing(out / f"{stem(file)}.nii.gz"):
+            write_nifti(out / f"{stem(file)}.nii.gz", label, file)
         voxels = [f"{name} {int((label == k).sum())} voxels" for k, name in enumerate(classes) if k]
         print(f"{out / stem(file)}.nii.gz: {', '.join(voxels)}")
 
@@ -1563,7 +1588,7 @@ def draw_overlays(run, nets):
     save_figure(figure, run.out / "figures/overlays.png")
 
 
-def draw_dice_curve(summary, path):
+def draw_dice_curve(summary, split, path):
     """Mean Dice against the number of labelled patients; bars of one std over seeds."""
     figure, axes = new_figure(1, 1, 4.5, 3.2)
     axis = axes[0, 0]
@@ -1574,7 +1599,7 @@ def draw_dice_curve(summary, path):
         axis.errorbar([r["labelled"] for r in rows], [r["mean_dice"]["mean"] for r in rows],
                       [r["mean_dice"]["std"] for r in rows], marker="o", capsize=3, label=method)
     axis.set_xticks(sorted({r["labelled"] for r in summary}))
-    axis.set(xlabel="labelled patients", ylabel="mean Dice, test patients")
+    axis.set(xlabel="labelled patients", ylabel=f"mean Dice, {split} patients")
     axis.grid(alpha=.3)
     axis.legend(fontsize=7)
     save_figure(figure, path)

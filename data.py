@@ -6,11 +6,11 @@ recognise its layout, read and check images and labels, split by patient, make t
     python data.py phantom OUT               write the phantom to OUT as an MSD folder
 
 Letters: C channels, V slices of a volume, H rows, W columns. Every volume is turned to [V, H, W]
-with V along the thick axis, the patient's front up and the patient's right on the left, and turned
-back before anything is written. It does not resample, crop or batch (common.py does), and it never
-looks at a label to decide what part of an image to use.
+with V along the thick axis, in axial slices the patient's front up and right on the left, and
+turned back before anything is written. It does not resample, crop or batch (common.py does), and it
+never looks at a label to decide what part of an image to use.
 """
-import argparse, json, math, os, re, sys, zipfile, zlib
+import argparse, json, math, os, re, shutil, sys, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -364,6 +364,19 @@ def write_nifti(path, label, like):
     os.replace(partial, path)
 
 
+def check_lie(files):
+    """Refuse NIfTI files of one scan whose axes lie otherwise than the first's. Raises DataError.
+
+    Each file is turned by its own header, so such a label would be laid over its image mirrored.
+    """
+    first = nib.aff2axcodes(_open(files[0]).affine)
+    for file in files[1:]:
+        axes = nib.aff2axcodes(_open(file).affine)
+        if axes != first:
+            raise DataError(f"{file}: its axes lie {''.join(map(str, axes))}, those of "
+                            f"{files[0].name} {''.join(map(str, first))}; save it on that grid")
+
+
 def _read_npz(files, key):
     """The "image" or the "label" of npz files, one a slice: [V, H, W]."""
     slices = []
@@ -441,6 +454,8 @@ def read_case(case, cases):
     if label is not None and label.shape != shape:
         raise DataError(f"{case.label}: label shape {label.shape} differs from image shape "
                         f"{shape}; use the label that belongs to this image")
+    if case.image.suffix != ".npz":
+        check_lie([*case.files, case.label] if case.label else case.files)
     return Volume(image, label, spacing)
 
 
@@ -455,8 +470,8 @@ def default_grid(cases):
     """(mm a pixel in plane, S pixels) that suit the data; reads headers only.
 
     ACDC: 2 mm and 96, the heart in the middle of a far larger field of view. Otherwise a crop of 96
-    pixels (64 where slices are smaller than that) that holds the median field of view, but no finer
-    than the median pixel.
+    pixels (64 where slices have no more than that) that holds the median field of view, but no
+    finer than the median pixel.
     """
     if cases.layout == "ACDC":
         return 2.0, 96
@@ -552,8 +567,9 @@ def split_patients(cases, seed=0):
     """Patients into {"train", "val", "test", "labelled", "rule"}.
 
     labelled: `train` with labels, in the order of use. ACDC: SSL4MIS, 70 / 10 / 20, where its 100
-    patients are there. Synapse: the published 12 test cases, where they are there. Otherwise
-    70 / 10 / 20 % of the labelled patients, shuffled with `seed`; unlabelled ones go to train.
+    patients are there; any beyond them are on no side. Synapse: the published 12 test cases, where
+    they are there. Otherwise 70 / 10 / 20 % of the labelled patients, shuffled with `seed`;
+    unlabelled ones go to train.
     """
     patients = sorted({c.patient for c in cases})
     labelled = {c.patient for c in cases if c.label}
@@ -747,12 +763,16 @@ def make_phantom(out, patients=40, seed=0):
     if out.exists():
         raise DataError(f"{out}: exists already; give a new folder or remove it")
     partial = out.with_name(out.name + f".partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)               # of one that was killed
     try:
         _write_phantom(partial, patients, seed)
         os.replace(partial, out)
     except OSError as error:
-        raise DataError(f"{out}: cannot write the phantom ({error.strerror}); "
-                        "free space or give another folder") from None
+        if not out.exists():                                 # else another run was faster
+            raise DataError(f"{out}: cannot write the phantom ({error.strerror}); "
+                            "free space or give another folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 

@@ -27,23 +27,25 @@ there, or changed by us. What was measured: results/macl.md.
  1. Z^g, the dominant branch's image-level vector: Eq. 7 takes it from the encoder; Eq. 4, Fig. 2
     and the code from the decoder's output, as we do. `--eq7` takes the other.
  2. tau = 0.1 [paper]. The code multiplies L_g and L_d by tau / 0.07 = 1.43; we do not, so L_ER
-    weighs 1.43 times as much beside them as there [ours]; `--lambda3 0.7` has the code's balance.
- 3. Eq. 9 sums over the anchors i; the code averages, and so do we: the chance of L_g and L_d,
-    ln(2N - 1), does not grow with N.
+    weighs 1.43 times as much beside them as there [ours]; `--lambda3 0.7` has the code's weights.
+ 3. Eq. 9 sums over the anchors i; the code averages, and so do we: the chance of L_g and L_d is
+    ln(2N - 1), not 2N times that.
  4. Positives: |pos_i - pos_j| < threshold; 0.1 on CHD, 0.05 on BraTS [code], 0.35 on ACDC [PCL];
     0.1 here, also for the row "pcl", and a tie is positive [ours]. With 0.35, 58 % of ACDC's pairs
     are positive and the losses hardly fall; with 0.1, 20 %, but of the next neighbours only half
     (CHD has about 257 slices a volume, ACDC about 10). No finished runs compare them yet.
  5. Z^l is the decoder's output as it is; only the auxiliary branch has a g_pix: two 3x3
-    convolutions with LeakyReLU [code], and normalisation [ours]. g_ins: average pool, linear,
-    ReLU, linear to 128 [code]. With 0 decoder blocks both branches are one network and share
-    g_ins, which makes the script PCL [ours].
+    convolutions with normalisation and LeakyReLU [code]. g_ins: average pool, linear, ReLU, linear
+    to 128 [code]. With 0 decoder blocks both branches are one network and share g_ins, which makes
+    the script PCL [ours]. The encoder's deepest block, which makes Y, has batch normalisation and
+    LeakyReLU like all others [ours]; [code]: no normalisation and ReLU, so that Y's size is free.
  6. T_fix, the change of intensities in every view, is the identity, which the paper found best;
     the code has brightness, contrast and a mild blur (`--t-fix code`); `--t-fix photometric` is
     what our other methods have. T_var moves V1 and V2: mirrored on both axes, and with p = 0.67
     rotation 0 to 2 pi, scale 0.7 to 1.3 and elastic waves [code] (`--t-var code`); shifts of 10 %
     of half the width, 0.5 rad, e^+-0.25, no mirror, not elastic [ours].
- 7. down is bilinear [code: for maps; ours: for images], without align_corners (code: with). Every
+ 7. down is bilinear [code], without align_corners (code: with) [ours]. To a quarter of the size it
+    reads the middle 2 x 2 of every 4 x 4 pixels: so L_ER never sees the outermost ring of Y~. Every
     view has a pass of its own, and so batch statistics of its own [code].
  8. 96 / 4 = 24 pixels cannot be halved four times: we pre-train on a larger crop of the same pixel
     size, 128 x 128, where the dominant branch has maps of 32 to 2 pixels, and fine-tune on 96 x 96
@@ -61,7 +63,8 @@ there, or changed by us. What was measured: results/macl.md.
     serves all seeds, so the spread over seeds is that of fine-tuning [ours].
 
 Letters: N slices in a batch, C channels (C' at the bottom of the U-Net), S network size, k decoder
-blocks, h, w size of the dense maps (S / 16), P = hw, M slices in a figure, K classes.
+blocks, h, w size of the dense maps (S / 16), h', w' of the small image's deepest ones, P = hw, M
+= 2N projections, or slices in a figure, K classes.
 """
 import math
 
@@ -345,6 +348,7 @@ def branches(unet, heads, views, dense=True):
     Z_g_aux = heads.g_ins_aux(unet.encoder(V2)[-1])                # [N, 128]
     # Z^g = g_ins(d(e(down(V1))))    (4); (7) without d
     features = unet.encoder(down(V1, k))
+    # [N, C, h, w], with --eq7 [N, C', h', w']
     dominant = features[-1] if heads.eq7 else unet.decoder(features, k)
     Z_g = heads.g_ins(dominant)                                    # [N, 128]
     pairs = {"g": (Z_g, Z_g_aux)}
@@ -448,39 +452,55 @@ def finetune(run, row, start=None):
 
 def heat(maps):
     """Mean size of the channels of maps [M, C, h, w], in [0, 1] by its maximum: [M, h, w]."""
-    heat = maps.float().abs().mean(1)                              # [M, h, w]
-    most = heat.amax((1, 2), keepdim=True).clamp(min=1e-9)         # [M, 1, 1]
-    return (heat / most).cpu()
+    size = maps.float().abs().mean(1)                              # [M, h, w]
+    most = size.amax((1, 2), keepdim=True).clamp(min=1e-9)         # [M, 1, 1]
+    return (size / most).cpu()
+
+
+def networks(run, start=None):
+    """The U-Net and the heads as pre-training starts, or with what pretrained.pt holds."""
+    o = run.o
+    torch.manual_seed(o.pretrain_seed)
+    unet = run.unet(classes=2).to(run.device)                      # with batch statistics
+    heads = Heads(unet.encoder.widths, o.decoder_blocks, o.eq7).to(run.device)
+    if start:
+        common.load_weights(unet, start["unet"], start["parts"])
+        heads.load_state_dict(start["heads"])
+    return unet, heads
 
 
 @torch.no_grad()
 def draw_branches(run, large, start):
-    """branches.png: inputs of the two branches and the maps they make of them, a slice a row."""
+    """branches.png: inputs of the two branches, and what they make of them, a slice a row.
+
+    Of Y~ and Y how strong they are; of Z^l and Z~^l how alike their vectors are, before and after.
+    """
     o = run.o
-    torch.manual_seed(0)
-    unet = run.unet(classes=2).to(run.device)                      # with batch statistics
-    heads = Heads(unet.encoder.widths, o.decoder_blocks, o.eq7).to(run.device)
-    common.load_weights(unet, start["unet"], start["parts"])
-    heads.load_state_dict(start["heads"])
     # batch statistics of maps of 1 x 1 need two slices, so training patients may fill up
     patients = run.split["val"] + run.split["train"]
     numbers = common.middle_slices(large, patients[:3])
+    torch.manual_seed(0)
     I1, I2, V1, V2 = four_views(large.image(numbers, run.device), o)       # [M, C, S, S] each
-    pairs = branches(unet, heads, (I1, I2, V1, V2))
-    Y, Y_aux = pairs["ER"]
-    Z_l, Z_l_aux = pairs["d"]
     inputs = {"auxiliary: I2": I2, "auxiliary: V2": V2,
               "dominant: down(I1)": down(I1, o.decoder_blocks),
               "dominant: down(V1)": down(V1, o.decoder_blocks)}
-    maps = {"auxiliary: Y~ = e(I2)": Y_aux, "dominant: Y = e(down(I1))": Y,
-            "dominant: Z^l = d(Y)": Z_l, "auxiliary: Z~^l": Z_l_aux}
+    alike = {}
+    for when, weights in (("before", None), ("after", start)):
+        pairs = branches(*networks(run, weights), (I1, I2, V1, V2))
+        cosine_map = F.cosine_similarity(*pairs["d"], dim=1)       # [M, h, w], as L_d compares
+        alike[f"cosine of Z^l and Z~^l, {when}"] = cosine_map.cpu()
+    Y, Y_aux = pairs["ER"]
+    strong = {"auxiliary: Y~ = e(I2)": heat(Y_aux), "dominant: Y = e(down(I1))": heat(Y)}
     figure, axes = common.new_figure(len(numbers), 8)
     for v, row in enumerate(axes):
         for axis, (title, x) in zip(row[:4], inputs.items()):
             common.show(axis, x[v, 0].cpu(), title=f"{title}\n{x.shape[2]} x {x.shape[3]}")
-        for axis, (title, x) in zip(row[4:], maps.items()):
-            axis.imshow(heat(x)[v], cmap="magma", vmin=0, vmax=1)
-            axis.set_title(f"{title}\n{x.shape[2]} x {x.shape[3]}", fontsize=8)
+        for axis, (title, x) in zip(row[4:6], strong.items()):
+            axis.imshow(x[v], cmap="magma", vmin=0, vmax=1)
+            axis.set_title(f"{title}\n{x.shape[1]} x {x.shape[2]}", fontsize=8)
+        for axis, (title, x) in zip(row[6:], alike.items()):
+            axis.imshow(x[v], cmap="magma", vmin=-1, vmax=1)
+            axis.set_title(f"{title}\nmean {x[v].mean():.2f}", fontsize=8)
     common.save_figure(figure, run.out / "figures/branches.png")
 
 
@@ -500,10 +520,10 @@ def draw_heat(run, start):
         if weights:
             common.load_weights(unet, weights["unet"], weights["parts"])
         features = unet.encoder(images)                            # with batch statistics
-        for k, level in enumerate((3, 4)):
+        for pair, level in enumerate((3, 4)):
             maps = heat(features[level])[:, None]                  # [M, 1, S / 2^l, S / 2^l]
             maps = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0]    # [M, S, S]
-            for axis, picture, x in zip(axes[:, 1 + 2 * k + column], pictures, maps):
+            for axis, picture, x in zip(axes[:, 1 + 2 * pair + column], pictures, maps):
                 common.show(axis, picture, title=f"level {level}, {title}")
                 axis.imshow(x, cmap="jet", alpha=.45, vmin=0, vmax=1)
     common.save_figure(figure, run.out / "figures/heat.png")
@@ -513,9 +533,10 @@ def draw_heat(run, start):
 
 LOOK_INIT = """what the encoder answers to before and after pre-training, at its two deepest levels.
 In the table, `gain` is what the weights of --init are worth beside scratch."""
-LOOK = """the last two maps of a row, one decoded from the small image, one encoded
-from the full one, should light up at the same places (where L_d is trained). In the table, `gain`
-is what that is worth beside the same network from scratch."""
+LOOK = """the last two maps of a row: how alike the vectors are that one branch
+decodes from the small image and the other encodes from the full one, before and after pre-training
+(with L_d they should be). In the table, `gain` is what that is worth beside the same network from
+scratch."""
 
 
 def main(arguments=None):

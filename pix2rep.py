@@ -36,8 +36,8 @@ there, or changed by us. What came out: results/pix2rep.md.
  8. U-Net of width 64 with 5 poolings; a double convolution makes its map of D = 1024 channels
     [code]; width 16, 4 poolings, and the last map of 16 channels widened to D = 64 by a 1x1 layer,
     so that the trunk starts the same U-Net as every other method's [ours].
- 9. Pre-training: Adam, constant 4.7e-4, 200 epochs, batches of 16 in its data.yaml [code]; AdamW
-    5e-4, warm-up, cosine [v2]; the same schedule with 1e-3, batches of 8 [ours].
+ 9. Pre-training: Adam, constant 4.7e-4, 200 epochs, batches of 8 [code]; AdamW 5e-4, warm-up,
+    cosine [v2]; the same schedule with 1e-3, batches of 8 [ours].
 10. Linear probing: backbone frozen, a 1x1 head on the D channels, Adam 7.6e-3, soft Dice, 200
     epochs [code]; AdamW 3e-2, cosine, cross-entropy + Dice. Its row from scratch is a frozen random
     backbone whose batch statistics are set by 20 batches of training slices [ours].
@@ -49,11 +49,12 @@ there, or changed by us. What came out: results/pix2rep.md.
     without change of intensities; weight 5 after a ramp of 40 % of the steps; the teacher is
     scored. So these rows see half as many labelled slices. The unlabelled half has a forward pass
     of its own: in one batch, normalisation told the halves apart (Dice 0.73 -> 0.59).
-13. Few-shot: random patients, for n >= 5 the same number from each of ACDC's five groups [code];
-    here the first n in the split's order, as in our other methods, or where 5 divides n the same
-    number of every group, in the split's order [ours].
-14. The best checkpoint on validation patients is scored [code]; we score the last. One pre-training
-    serves all seeds, so the spread over seeds is that of fine-tuning [ours].
+13. Few-shot: random patients, of n different groups for n < 5, else the same number from each of
+    ACDC's five [code]; here the first n in the split's order, as in our other methods, or where 5
+    divides n the same number of every group, in the split's order [ours].
+14. The checkpoint that is best on held-out slices of the same patients is scored [code]; we score
+    the last. One pre-training serves all seeds, so the spread over seeds is that of fine-tuning
+    [ours].
 15. Fig. 2 has several chosen queries on test images [paper]; ours the middle pixel of each class.
     Fig. 4 reduces the vectors to a plane by t-SNE [paper]; ours by PCA.
 
@@ -91,7 +92,7 @@ OPTIONS = [
     ("pretrain_data", [], None, None, "folders to pre-train on instead of --data; need no labels"),
     ("pretrain_steps", 8000, 700, 32800,
      "steps of pre-training (code: 200 epochs; 32800 is that on ACDC with 8 a step)"),
-    ("pretrain_batch", 8, None, None, "B, slices a step, two views each (data.yaml: 16)"),
+    ("pretrain_batch", 8, None, 8, "B, slices a step, two views each"),
     ("pretrain_lr", 1e-3, None, 4.7e-4, "AdamW, 5 % warm-up, cosine to 0 (v2: 5e-4)"),
     ("pixels", 1000, None, 1000, "n, pixels of InfoNCE a step"),
     ("temperature", .1, None, .53, "tau of InfoNCE"),
@@ -115,7 +116,7 @@ OPTIONS = [
     ("teacher_weight", 5., None, None, "of the consistency, after its ramp"),
 ]
 PAPER_ALSO = ("constant Adam, soft Dice alone, a double convolution to 1024 channels, batches of "
-              "16, the best checkpoint on validation patients")
+              "16 in fine-tuning, the best checkpoint on held-out slices")
 
 # The rows without pre-training, and the options they depend on: what --scratch can read.
 BASELINES = {
@@ -170,7 +171,7 @@ def info_nce_loss(z_a, z_b, temperature):
     sim = sim.fill_diagonal_(-torch.inf)                           # k != v: never with itself
     # l(v, w) = - log exp(sim(v,w)/tau) / sum_{k != v} exp(sim(v,k)/tau)
     # is cross-entropy whose right answer is the partner w, n places further
-    partner = torch.arange(2 * n, device=z.device).roll(n)         # [2n]: n ... 2n-1, 0 ... n-1
+    partner = (torch.arange(2 * n, device=z.device) + n) % (2 * n)         # [2n]
     # L = 1/(2n) sum_i [ l(z_i, z'_i) + l(z'_i, z_i) ]    (InfoNCE)
     return F.cross_entropy(sim, partner)
 
@@ -218,7 +219,8 @@ def effective_rank(z):
 
     After Roy and Vetterli 2007.
     """
-    centred = (z - z.mean(0)).float()
+    z = z.float()
+    centred = z - z.mean(0)
     s = torch.linalg.svdvals(centred.cpu())                        # [d]; not there on mps
     p = s / s.sum().clamp(min=1e-12)
     entropy = -(p * p.clamp(min=1e-12).log()).sum()
@@ -431,7 +433,7 @@ def linear_probe(run, row, start=None):
 def set_statistics(run, f, batches=20):
     """Give a random f, which has none of its own, the mean batch statistics of training slices."""
     for module in f.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):   # the first: of `widen`
             module.momentum = None                                 # the mean of all batches so far
     for _ in range(batches):
         pick = common.random_slices(run.train, run.o.batch)
@@ -449,7 +451,7 @@ def update_teacher(teacher, student, alpha):
 
 
 def consistency_loss(logits, target):
-    """Mean Teacher: mean square between the class probabilities of student and teacher.
+    """Mean Teacher: squared difference of probabilities, summed over classes, mean over pixels.
 
     logits of the student, probabilities `target` of the teacher: [B, K, S, S]. Returns a scalar.
     """
@@ -457,9 +459,9 @@ def consistency_loss(logits, target):
 
 
 def on_unlabelled(run, student, teacher, n):
-    """The consistency loss on n unlabelled slices; for the teacher their intensities stay.
+    """The consistency loss on n training slices without labels; for the teacher intensities stay.
 
-    They go through the student apart from the labelled slices: in one batch, batch normalisation
+    Of all training patients, the labelled ones too. They go through the student apart from the labelled slices: in one batch, batch normalisation
     would tell the two apart.
     """
     pick = common.random_slices(run.train, n)
@@ -535,10 +537,10 @@ def few_shot(cases, patients, n):
     every group, then the second, ... as long as no group runs out.
     """
     group = {c.patient: c.group for c in cases}
-    groups = {group[p] for p in patients} - {""}
-    if n < 5 or len(groups) < 2 or n % len(groups):
+    groups = {group[p] for p in patients}                          # "" where it is not known
+    if n < 5 or len(groups) < 2 or n % len(groups) or "" in groups:
         return patients[:n]
-    seen = dict.fromkeys(groups | {""}, 0)
+    seen = dict.fromkeys(groups, 0)
     turn = {}                                                      # a patient's place in its group
     for p in patients:
         turn[p] = seen[group[p]]
@@ -632,7 +634,8 @@ def draw_similarity(run, start):
                 axis.imshow(sim, cmap="magma", vmin=-.2, vmax=1)
                 axis.set_title(f"similarity\n{when}", fontsize=8)
                 mark_pixel(axis, *best)
-            mark_pixel(panels[0], *best)                           # of the last, after
+                if when == "after":
+                    mark_pixel(panels[0], *best)
     common.save_figure(figure, run.out / "figures/similarity.png")
 
 
@@ -713,9 +716,9 @@ def draw_annotation_saved(run):
     axis = axes[0, 0]
     axis.axis("on")
     for method in ("scratch", METHOD):
-        labelled, dice = zip(*dice_by_labels(run.summary, method))
-        axis.semilogx(labelled, dice, marker="o", label=method)
-    most = max(run.o.labelled)
+        labelled, scores = zip(*dice_by_labels(run.summary, method))
+        axis.semilogx(labelled, scores, marker="o", label=method)
+    most = dice_by_labels(run.summary, "scratch")[-1][0]           # patients scratch has at most
     for n, dice in dice_by_labels(run.summary, METHOD):
         needed = labels_needed(run.summary, dice)
         words = f"{needed:.1f}" if needed < math.inf else f"more than {most}"

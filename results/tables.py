@@ -14,8 +14,9 @@ On a page a table stands between one of these lines and `<!-- end -->`:
 NAME is a folder of results/runs/. A cell that no run backs says "not run". Needs no torch.
 
 Gain: over the row "scratch" of the same run, in Dice points, of every seed; and its mean with a
-paired interval over patients: the Dice of a patient's volumes is averaged over classes, volumes and
-seeds, and patients are drawn anew 10 000 times (seeded; 2.5 % and 97.5 %).
+paired interval over patients: the Dice of a patient's class is averaged over volumes and seeds,
+patients are drawn anew, the same for both rows, 10 000 times (seeded; 2.5 % and 97.5 %), and each
+row's mean is over the drawn patients who have the class, then over classes.
 """
 import csv
 import json
@@ -49,8 +50,8 @@ def read_run(folder):
 
 def comparable(runs):
     """Raise RunError unless all runs have the same data, split and rule of scoring."""
-    first = runs[0]
     for run in runs[1:]:
+        first = runs[0]
         for name in ("data", "split", "cases"):
             if name not in first["options"] or name not in run["options"]:
                 continue                                           # runs of old have no "cases"
@@ -73,26 +74,38 @@ def scores(run, method, labelled):
     return dice
 
 
-def by_patient(gain):
-    """{patient: mean} of {(patient, class, ...): value}: over volumes and seeds, then classes."""
+def by_patient(dice, seeds):
+    """{(patient, class): mean Dice over volumes and `seeds`} of what `scores` gives."""
     values = {}
-    for (patient, name, *_), value in gain.items():
-        values.setdefault(patient, {}).setdefault(name, []).append(value)
-    return {p: np.mean([np.mean(v) for v in c.values()]) for p, c in values.items()}
+    for (patient, name, _, seed), value in dice.items():
+        if seed in seeds:
+            values.setdefault((patient, name), []).append(value)
+    return {key: np.mean(of_key) for key, of_key in values.items()}
+
+
+def mean_dice(dice):
+    """Mean over the patients with a class (nan: without), then classes: [..., P, K] -> [...]."""
+    there = np.isfinite(dice)
+    of_class = np.where(there, dice, 0).sum(-2) / there.sum(-2).clip(1)        # [..., K]
+    return of_class.sum(-1) / there.any(-2).sum(-1).clip(1)
 
 
 def interval(run, method, labelled):
     """(lowest, highest) gain over scratch in Dice points, 95 %, patients drawn anew.
 
-    Of the volumes, classes and seeds that both have a score of.
+    Of the seeds that both have.
     """
-    ours = scores(run, method, labelled)
-    base = scores(run, "scratch", labelled)
-    pairs = {key: 100 * (ours[key] - base[key]) for key in ours.keys() & base.keys()}
-    of_patient = by_patient(pairs)
-    gain = np.array([of_patient[p] for p in sorted(of_patient)])
-    draws = np.random.default_rng(0).integers(0, len(gain), (10_000, len(gain)))
-    return np.percentile(gain[draws].mean(1), (2.5, 97.5))
+    rows = [scores(run, m, labelled) for m in (method, "scratch")]
+    seeds = {key[3] for key in rows[0]} & {key[3] for key in rows[1]}
+    rows = [by_patient(dice, seeds) for dice in rows]
+    patients = sorted({patient for row in rows for patient, _ in row})
+    classes = sorted({name for row in rows for _, name in row})
+    draws = np.random.default_rng(0).integers(0, len(patients), (10_000, len(patients)))
+    means = []
+    for row in rows:
+        dice = np.array([[row.get((p, c), np.nan) for c in classes] for p in patients])
+        means.append(mean_dice(dice[draws]))                       # [10 000, P, K] -> [10 000]
+    return np.percentile(100 * (means[0] - means[1]), (2.5, 97.5))
 
 
 def number(cell, form):
@@ -148,12 +161,15 @@ def dice_table(labelled, lines):
     """Mean Dice of "TITLE = NAME METHOD; ..." against the numbers of labelled patients."""
     heads = ["", *map(str, labelled)]
     rows = ["| " + " | ".join(heads).lstrip() + " |", "| --- " * len(heads) + "|"]
+    runs = []
     for line in lines.split(";"):
         title, source = line.split("=")
         name, method = source.split(maxsplit=1)
         folder = HERE / "runs" / name
         cells = [dice_cell(folder, method.strip(), n) for n in labelled]
+        runs += [read_run(folder)] if folder.is_dir() else []
         rows.append("| " + " | ".join([title.strip(), *cells]) + " |")
+    comparable(runs)
     return "\n".join(rows) + "\n"
 
 
@@ -203,8 +219,9 @@ def draw(runs, path):
             drawn.add((method, *dice))
             label = f"{method} ({run['name']})" if len(runs) > 1 else method
             axis.errorbar(labelled, dice, std, marker="o", capsize=3, label=label)
-            axis.set_xscale("log")
-            axis.set_xticks(labelled, labelled)
+    ticks = sorted({row["labelled"] for run in runs for row in run["metrics"]["summary"]})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, ticks)
     axis.minorticks_off()
     axis.set(xlabel="labelled patients", ylabel="mean Dice")
     axis.legend(fontsize=7)
@@ -239,7 +256,8 @@ def draw_length(path):
         steps = sorted(scratch[labelled])
         gain = [100 * (best - scratch[labelled][s]) for s in steps]
         axis.semilogx(steps, gain, marker="o", label=f"{labelled} labelled")
-        axis.set_xticks(steps, steps)
+    ticks = sorted({s for of_labelled in scratch.values() for s in of_labelled})
+    axis.set_xticks(ticks, ticks)
     axis.axhline(0, color="black", lw=.8)
     axis.minorticks_off()
     axis.set(xlabel="updates of the baseline", ylabel="gain of Pix2Rep, Dice points",
@@ -258,7 +276,8 @@ def keep(folder):
         if path:                                                   # None: the phantom
             short = f"path/to/{Path(path).name}"
             texts["options.json"] = texts["options.json"].replace(f'"{path}"', f'"{short}"')
-            texts["run.txt"] = texts["run.txt"].replace(f" {path} ", f" {short} ")
+            whole = rf"(?<![\w./-]){re.escape(path)}(?![\w./-])"   # not a part of another path
+            texts["run.txt"] = re.sub(whole, short, texts["run.txt"])
     for name, text in texts.items():
         (kept / name).write_text(text)
 

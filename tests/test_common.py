@@ -402,6 +402,15 @@ def test_cache_is_used_and_made_anew(plain, monkeypatch):
     assert not list((plain / "cache").glob("*partial*"))
 
 
+def test_a_link_that_leads_nowhere(plain):
+    cases = data.find_cases(plain / "d")
+    image = plain / "d/images/c0.nii.gz"
+    image.unlink()
+    image.symlink_to(plain / "gone.nii.gz")
+    with pytest.raises(data.DataError, match="c0.nii.gz: cannot be read"):
+        common.prepare(cases, 2., 32, plain / "cache")
+
+
 def test_two_runs_prepare_at_once(plain, monkeypatch):
     """While one run writes its slices another finishes the same ones: both go on with them."""
     write = common._write_slices
@@ -1152,10 +1161,24 @@ def test_rows_of_other_options_are_refused(copied, phantom):
         fill(again)
 
 
+def test_rows_of_other_classes_are_refused(filled, copied, phantom, tmp_path):
+    """A dataset.json that was renamed: the same files and patients, other organs."""
+    again = opened(phantom, copied, "--resume")
+    again.classes = ["background", "LV", "Myo", "RV"]
+    with pytest.raises(data.DataError, match="its classes are background, RV, Myo, LV, now"):
+        fill(again)
+    other = opened(phantom, tmp_path / "new", "--scratch", filled[0] / "o")
+    other.classes = again.classes
+    with pytest.raises(data.DataError, match="scratch_n1_s0.pt: its classes are"):
+        fill(other)
+
+
 def test_scratch_is_read_out_of_another_run(filled, phantom, tmp_path):
     """With other options of pre-training, and one row more, which is trained."""
     other = ["--scratch", filled[0] / "o", "--labelled", 1, 2, "--kind", "hard"]
     run = opened(phantom, tmp_path, *other)
+    own = common.Row("other", 1, 0)                                # of scratch alone, not of this
+    assert run.checkpoint(own) == run.out / "other_n1_s0.pt"
     assert fill(run) == ["other_n1_s0", "scratch_n2_s0", "other_n2_s0"]
     row = ("scratch", 1, 0)
     assert results(run)[row] == results(filled[1])[row]

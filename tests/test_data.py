@@ -2,6 +2,7 @@
 nothing; CT that is not in HU; splits; the phantom; bad files."""
 import gzip
 import json
+import os
 
 import nibabel as nib
 import numpy as np
@@ -441,6 +442,21 @@ def test_phantom(phantom, tmp_path):
         data.make_phantom(phantom)
 
 
+def test_two_runs_make_the_phantom_at_once(tmp_path, monkeypatch):
+    """One finishes while the other writes; and what a killed one of the same number has left."""
+    write = data._write_phantom
+    left = tmp_path / f"p.partial-{os.getpid()}/imagesTr"
+    left.mkdir(parents=True)
+
+    def slow(folder, patients, seed):
+        write(folder, patients, seed)
+        write(tmp_path / "p", patients, seed)
+
+    monkeypatch.setattr(data, "_write_phantom", slow)
+    assert len(find_cases(data.make_phantom(tmp_path / "p", patients=1))) == 2
+    assert [f.name for f in tmp_path.iterdir()] == ["p"]
+
+
 def test_data_as_a_command(phantom, tmp_path):
     done = run("data", phantom, "--montage", tmp_path / "m.png")
     assert done.returncode == 0
@@ -475,6 +491,11 @@ def not_nifti(root):
 
 def other_shape(root):
     edit(root / LABEL, lambda a: a[:-1])
+
+
+def mirrored(root):
+    label = nib.load(root / LABEL)
+    save(root / LABEL, np.asarray(label.dataobj), (1, 1, 5), codes="RPS")
 
 
 def with_nan(root):
@@ -555,6 +576,7 @@ BAD = {
     truncated: "case_1.nii.gz: not a readable NIfTI",
     not_nifti: "case_1.nii.gz: not a readable NIfTI",
     other_shape: "label shape .* differs from image shape",
+    mirrored: "its axes lie RPS, those of case_1.nii.gz LPS",
     with_nan: "1 voxels are NaN or infinite",
     infinite: "NaN or infinite",
     constant: r"constant volume \(every voxel 7\)",

@@ -375,6 +375,11 @@ def test_a_random_backbone_is_scored_with_the_statistics_it_would_have(begun):
     run_ = begun()
     f = pix2rep.load_backbone(run_)
     pix2rep.set_statistics(run_, f)
+    normalisations = [m for m in f.modules() if hasattr(m, "momentum")]
+    assert isinstance(normalisations[-1], torch.nn.BatchNorm1d)    # that of `widen`
+    for module in normalisations:
+        assert module.momentum is None                             # a mean, nothing of the start
+        assert module.num_batches_tracked == 20
     images = pix2rep.photometric(run_.dataset.image(run_.train, "cpu"))
     scored = f.eval()(images).std((0, 2, 3)).mean()
     batch = f.train()(images).std((0, 2, 3)).mean()
@@ -510,6 +515,8 @@ def test_few_shot_takes_every_group_equally():
     assert few_shot(cases, patients, 5) == ["p00", "p04", "p08", "p12", "p16"]
     unknown = [data.Case(f"{p}_0", p, [], None, "") for p in patients]
     assert few_shot(unknown, patients, 5) == patients[:5]
+    cases[0] = data.Case("p00_0", "p00", [], None, "")             # of one nobody knows the group
+    assert few_shot(cases, patients, 5) == patients[:5]
 
 
 @pytest.mark.skipif(not (SHARED / "acdc").is_dir(), reason="real scans are not on this machine")

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,8 +83,24 @@ def test_gain_and_interval_by_hand():
     volumes.append({**volumes[0], "seed": "2", "dice": ".1"})      # a seed that scratch alone has
     volumes.append({**volumes[-1], "method": "sal", "seed": "3"})  # and one that it has not
     assert tables.interval(run, "sal", 1) == pytest.approx([10, 30])
-    gain = {("a", "RV", "ED", "0"): 1., ("a", "RV", "ES", "0"): 3., ("a", "LV", "ED", "0"): 6.}
-    assert tables.by_patient(gain) == {"a": 4.}                    # volumes first, then classes
+    dice = {("a", "RV", "ED", "0"): 1., ("a", "RV", "ES", "0"): 3., ("a", "RV", "ES", "1"): 9.}
+    assert tables.by_patient(dice, {"0"}) == {("a", "RV"): 2.}
+    nan = float("nan")
+    means = tables.mean_dice(np.array([[1., nan, 6.], [3., nan, nan]]))
+    assert means == 4.                                             # of RV 2, of LV 6; none of Myo
+
+
+def test_an_organ_that_is_seen_where_none_is_counts_in_the_interval():
+    """Scratch has Dice 0 there and ours none at all: the gain's means know it, so does this."""
+    volumes = []
+    for patient in "abcd":
+        for method in ("scratch", "sal"):
+            dice = {"a": {"scratch": "0", "sal": "nan"}}.get(patient, {}).get(method, ".6")
+            volumes.append({"method": method, "labelled": "1", "seed": "0", "patient": patient,
+                            "case": patient, "class": "gallbladder", "dice": dice})
+    low, high = tables.interval({"volumes": volumes}, "sal", 1)
+    assert low == 0                                                # "a" is not drawn
+    assert high > 15                                               # drawn once: .6 less .45
 
 
 def test_means_of_the_kept_runs_follow_from_their_volumes():
@@ -135,6 +152,9 @@ def test_dice_against_labelled_patients(copy):
         f"| ours | {dice['mean']:.3f} ± {dice['std']:.3f} | not run |",
         "| gone | not run | not run |"]
     assert make(copy, "--check").returncode == 0
+    page.write_text("<!-- dice 1: a = length_scratch_300 scratch; b = test_scratch scratch -->\n"
+                    "<!-- end -->\n")
+    assert "split is test, that of length_scratch_300 val" in make(copy).stderr
 
 
 def test_commands_of_the_runs(copy):
@@ -163,6 +183,19 @@ def test_own_runs_as_table_and_curve(finished, tmp_path):
     assert sorted(f.name for f in kept.iterdir()) == sorted(tables.KEPT)
     for file in kept.iterdir():
         assert data not in file.read_text()
+    assert f" --data path/to/{Path(data).name} " in (kept / "run.txt").read_text()
+    command = out / "run.txt"
+    (tmp_path / "sal").mkdir()
+    for name in tables.KEPT:
+        text = (out / name).read_text()
+        if name == "run.txt":                                      # the path last, and in another
+            text = f"commit x; python sal.py --out {data}-o --data={data}; 1 threads; 1 min\n"
+        (tmp_path / "sal" / name).write_text(text)
+    assert make(tmp_path, "--keep", tmp_path / "sal").returncode == 0
+    end = (kept / "run.txt").read_text()
+    assert end == f"commit x; python sal.py --out {data}-o --data=path/to/{Path(data).name}; " \
+                  "1 threads; 1 min\n"
+    shutil.copy(command, kept)
     assert (kept / "per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
     assert re.match(r"commit \S+.*; python sal\.py .*; .* threads; \d+ min\n$",
                     (kept / "run.txt").read_text())

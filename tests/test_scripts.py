@@ -519,6 +519,9 @@ def test_bad_predictions(finished, tmp_path):
     refused(go("sal", "no.nii", "--checkpoint", network), "no.nii")
     refused(go("sal", "x.nii", "--checkpoint", out / "pretrained.pt"), "no segmentation head")
     refused(go("macl", "x.nii", "--checkpoint", network), "checkpoint of sal, not of macl")
+    content = torch.load(network, weights_only=True)
+    torch.save({**content, "modality": "[0, 1]"}, tmp_path / "npz.pt")
+    refused(go("sal", "x.nii", "--checkpoint", tmp_path / "npz.pt"), "trained on npz slices")
 
 
 @every_script
