@@ -227,7 +227,7 @@ def balanced_parts(z, y, temperature):
         sum_{p in P(i)} z_i.z_p / tau,    |P(i)|,    D_i = sum_{a != i} exp(z_i.z_a / tau) / w_ia
 
     P(i): the others of i's class; w_ia = N_{y_a}, the number of pixels of a's class, without i.
-    D_i comes times exp(-1 / tau), so that nothing overflows.
+    D_i is returned times exp(-1 / tau): its exponents are then at most 0, and nothing overflows.
     """
     # The plain double loop, of which the lines below are the matrix form:
     #   for i in range(n):

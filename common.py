@@ -956,7 +956,8 @@ def clock(device):
 def peak_memory(device):
     """The most memory that was in use so far: {"peak_memory_mb"}, on a GPU "peak_gpu_memory_mb".
 
-    MB of 2^20 bytes, of this process, or of the largest of its --workers that have ended.
+    MB of 2^20 bytes, of this process, or of the largest of its --workers that have ended; of a GPU
+    of this process alone.
     """
     unit = 1024 if platform.system() == "Linux" else 1024 ** 2     # of ru_maxrss: KiB, or bytes
     both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -1252,9 +1253,10 @@ class Run:
                    "classes": self.classes, "channels": self.channels,
                    "modality": self.cases.modality, "unet": net.state_dict(),
                    **{k: v.state_dict() for k, v in others.items()}}
-        save_checkpoint(self.out / f"{row.name}.pt", **content)
         scoring = clock(self.device) - begun
+        # before the checkpoint, at which a parent of workers counts the row as done
         self.log(row.name, seconds=self.seconds + scoring, seconds_scoring=scoring)
+        save_checkpoint(self.out / f"{row.name}.pt", **content)
         (self.out / f"finetuning_{row.name}.pt").unlink(missing_ok=True)   # it is done
         if not self.o.claims:
             self.collect(row, content)

@@ -545,7 +545,8 @@ def normalise(image, modality):
             low, high = -125, 275
         else:
             low, high = np.percentile(x, (1, 99))
-        out[c] = np.clip((x - low) / max(high - low, 1e-6 * abs(high), 1e-30), 0, 1)
+        width = max(high - low, 1e-6 * abs(high), 1e-30)     # nearly constant, or all 0: no noise
+        out[c] = np.clip((x - low) / width, 0, 1)
     return out
 
 

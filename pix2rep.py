@@ -461,8 +461,8 @@ def consistency_loss(logits, target):
 def on_unlabelled(run, student, teacher, n):
     """The consistency loss on n training slices without labels; for the teacher intensities stay.
 
-    Of all training patients, the labelled ones too. They go through the student apart from the labelled slices: in one batch, batch normalisation
-    would tell the two apart.
+    Of all training patients, the labelled ones too. They go through the student apart from the
+    labelled slices: in one batch, batch normalisation would tell the two apart.
     """
     pick = common.random_slices(run.train, n)
     grid = spatial_grid(n, run.o.size, run.o.rotation, run.device)         # [n, S, S, 2]

@@ -194,8 +194,9 @@ def local_alignment_loss(x_i, x_j, windows=1, radius=0):
         L_WLA(i,j) = 1/r^2 sum_k L_LA(window k of i, window k of j)           (WLA)
 
     x_i, x_j: maps E(F(S_i)), E(F(S_j)) [B, C, h, w] of close slices, before normalisation;
-    `windows` = r divides h and w; with a `radius` q lies so near p as well (ours). Returns a scalar
-    in [0, 2]. Both directions are averaged (ours). Raises ValueError if r does not divide h and w.
+    `windows` = r divides h and w; with a `radius` q also lies within that many places of p (ours).
+    Returns a scalar in [0, 2]. Both directions are averaged (ours). Raises ValueError if r does not
+    divide h and w.
     """
     A = similarities(x_i, x_j, windows, radius)                    # [B r^2, hw/r^2, hw/r^2]
     # | 1 - max_q A[p,q] |, mean over the pixels p of a window and over the windows

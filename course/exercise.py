@@ -282,7 +282,7 @@ def compared(message):
 def explained(failure, folder, function):
     """Why a test failed, in plain words: two numbers, what it asks, or where the file stops.
 
-    function: the name of the function that the student writes; "" for a bug.
+    function: the name of the function that the student writes.
     """
     error = failure.value
     own = [entry for entry in failure.traceback if Path(entry.path).is_relative_to(folder)]
@@ -302,7 +302,11 @@ def explained(failure, folder, function):
 
 
 def report(folder, checks, function=""):
-    """Run the checks [property, test, words] on a folder, print each; returns how many fail."""
+    """Run the checks [property, test, words] on a folder, print each; returns how many fail.
+
+    function: what the student writes; "" for a bug, whose words would name it and wait until it is
+    gone.
+    """
     failed = run_tests(folder, [test for _, test, _ in checks])
     if failed and all(isinstance(f.value, NotImplementedError) for f in failed.values()):
         print(explained(next(iter(failed.values())), folder, function))
@@ -310,6 +314,9 @@ def report(folder, checks, function=""):
     for kind, test, words in checks:
         if test not in failed:
             print(f"  holds  {kind}: {words}")
+            continue
+        if not function:
+            print(f"  FAILS  {kind}")
             continue
         why = explained(failed[test], folder, function)
         print(f"  FAILS  {kind}: {words}")
