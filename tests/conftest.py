@@ -81,6 +81,20 @@ def started(script, *arguments):
     return module, run
 
 
+def noted_rates(monkeypatch):
+    """A list to which every step of AdamW adds the rates of its groups."""
+    import torch
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def noted(self, *arguments):
+        seen.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    return seen
+
+
 def refused(done, *words):
     """Assert that a run ended with exit code 2 and one clear line that holds these words."""
     assert done.returncode == 2, done.stderr

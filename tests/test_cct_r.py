@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options, refused, run, started
+from conftest import noted_rates, options, refused, run, started
 
 import cct_r
 import common
@@ -707,6 +707,17 @@ def changed(run_, out=None, **options):
     return other
 
 
+def test_cycle_error_is_of_the_organs(setting, registered):
+    (u, n), pair = next(item for item in registered.pairs.items() if item[0][0] != item[0][1])
+    frame = registered.frames[n]
+    shape = frame.box.p.shape[:3]
+    there, back = (cct_r.resize(pair[k][None], shape) for k in ("there", "back"))
+    error = cycle_error(there, back, frame.box.p - frame.centre, frame.box.step)[0]
+    want = (error * frame.organs).sum() / frame.organs.sum()
+    assert pair["cycle"].item() == pytest.approx(want.item(), rel=1e-4)
+    assert abs(error.mean() / want - 1) > .01                      # the whole box has another
+
+
 def test_registration_helps(setting, registered):
     pairs = registered.pairs
     assert set(pairs) == {(u, n) for u in registered.volumes for n in registered.labelled}
@@ -981,6 +992,54 @@ def test_every_part_trains(setting, registered, tmp_path):
         assert not torch.equal(full, without), flag
 
 
+def test_every_loss_sees_its_slices(setting, tmp_path, monkeypatch):
+    """True labels and warped ones, cross teaching, and in the contrast the other's classes."""
+    calls = {}
+
+    def note(name):
+        function = getattr(cct_r, name)
+
+        def noted(*arguments):
+            made = function(*arguments)
+            calls.setdefault(name, []).append((arguments, made))
+            return made
+
+        monkeypatch.setattr(cct_r, name, noted)
+
+    for name in ("draw_batch", "segmentation_loss", "cross_teaching_loss", "contrast_terms"):
+        note(name)
+    registered = cct_r.Registered(setting, 1)
+    trained(changed(setting, tmp_path, no_peek=True, steps=2), registered)
+    (asked, labelled), (asked_u, unlabelled) = calls["draw_batch"][:2]
+    own = set(registered.labelled)
+    assert set(setting.dataset.volume[asked[1]]) == own
+    assert not own & set(setting.dataset.volume[asked_u[1]])
+    logits, labels = zip(*[arguments for arguments, _ in calls["segmentation_loss"][:4]])
+    wanted = [labelled.label, labelled.label, unlabelled.label, unlabelled.label]
+    assert [a is b for a, b in zip(labels, wanted)] == [True] * 4
+    taught = calls["cross_teaching_loss"][0][0]
+    assert taught[0] is logits[2]                                  # on the unlabelled slices
+    assert taught[1] is logits[3]
+    unet, swin = calls["cross_teaching_loss"][1][0]                # of the second step
+    _, pixels = calls["contrast_terms"][1][0]
+    B = setting.o.labelled_batch
+    assert torch.equal(pixels.classes[0][B:], swin.argmax(1))
+    assert torch.equal(pixels.classes[1][B:], unet.argmax(1))
+
+
+def test_the_bases_views_move_image_and_label_alike(setting, monkeypatch):
+    def label_as_image(self, numbers, device="cpu"):
+        return self.label(numbers)[:, None].float()
+
+    monkeypatch.setattr(common.SliceDataset, "image", label_as_image)
+    own = setting.dataset.of_patients(setting.split["labelled"][:2])
+    image, label = cct_r.baseline_batch(changed(setting, base_views=True, batch=40), own)
+    organ = label > 0
+    same = (image[:, 0] - label).abs() < .6                        # interpolated at borders
+    assert same[organ].float().mean() > .85
+    assert len({tuple(one.flatten().tolist()) for one in label}) > 20
+
+
 def test_loss_is_the_sum_with_its_weights(setting, registered, tmp_path, monkeypatch):
     """L = L_sup + w(t) L_CT + omega(t) L_RSL + lambda_c L_contrast + lambda_r L_REPS."""
     weights = {"cross_weight": 2., "rsl_weight": 3., "contrast_weight": 5., "reps_weight": 7.}
@@ -1006,14 +1065,7 @@ def test_loss_is_the_sum_with_its_weights(setting, registered, tmp_path, monkeyp
 
 def test_rates(setting, registered, tmp_path, monkeypatch):
     """The U-Net starts at --lr, or at --pretrained-lr from --init; the rest warms up."""
-    seen = []
-    step = torch.optim.AdamW.step
-
-    def noted(self, *arguments):
-        seen.append([group["lr"] for group in self.param_groups])
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    seen = noted_rates(monkeypatch)
     run_ = changed(setting, tmp_path, no_peek=True, lr=1., swin_lr=2., pretrained_lr=3., steps=40)
     trained(run_, registered)
     cosine = [.5 * (1 + math.cos(math.pi * t / 40)) for t in range(40)]

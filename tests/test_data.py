@@ -416,6 +416,11 @@ def test_other_splits_are_by_patient_and_seeded(phantom):
     assert s == split_patients(cases)
     assert sorted(s["train"] + s["val"] + s["test"]) == sorted({c.patient for c in cases})
     assert any(split_patients(cases, seed) != s for seed in (1, 2, 3))
+    forty = [data.Case(f"p{n}_0", f"p{n}", ("x",), "y", "") for n in range(40)]
+    forty += [data.Case(f"u{n}_0", f"u{n}", ("x",), None, "") for n in range(3)]
+    s = split_patients(data.Cases(forty, ".", "MSD", cases.classes))
+    sizes = [len(s[side]) for side in ("train", "val", "test", "labelled")]
+    assert sizes == [28 + 3, 4, 8, 28]                             # unlabelled ones train
     few = [c for c in cases if c.patient <= "phantom002"]
     with pytest.raises(DataError, match="2 patients with labels; 3 or more"):
         split_patients(data.Cases(few, ".", "MSD", cases.classes))

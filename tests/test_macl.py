@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options, refused, run_here, started
+from conftest import noted_rates, options, refused, run_here, started
 
 import common
 import macl
@@ -454,6 +454,39 @@ def test_taken_layers_have_their_own_rate(begin):
     start = macl.pretrain(run_, run_.dataset)
     for name, value in finetuned(run_, start).named_parameters():
         assert torch.equal(value, start["unet"][name]) == name.startswith(TAKEN), name
+    run_ = begin("--lr", 0)
+    torch.manual_seed(0)
+    drawn = run_.unet().state_dict()                               # as fine-tuning draws them
+    for name, value in finetuned(run_, start).named_parameters():
+        if not name.startswith(TAKEN):
+            assert torch.equal(value, drawn[name]), name
+        elif value.ndim == 4:
+            assert not torch.equal(value, start["unet"][name]), name
+
+
+def test_rate_of_pretraining(begin, monkeypatch):
+    run_ = begin("--pretrain-lr", 2)
+    seen = noted_rates(monkeypatch)
+    macl.pretrain(run_, run_.dataset)
+    assert seen == [[pytest.approx(1 + math.cos(math.pi * t / 6))] for t in range(6)]
+
+
+def test_positions_are_those_of_the_slices(begin, monkeypatch):
+    run_ = begin("--pretrain-steps", 1)
+    positions = []
+    loss = macl.global_contrastive_loss
+
+    def noted(Z_g, Z_g_aux, position, *rest):
+        positions.extend(position.tolist())
+        return loss(Z_g, Z_g_aux, position, *rest)
+
+    def first_slices(numbers, n):
+        return numbers[:n]
+
+    monkeypatch.setattr(macl, "global_contrastive_loss", noted)
+    monkeypatch.setattr(common, "random_slices", first_slices)
+    macl.pretrain(run_, run_.dataset)
+    assert positions == pytest.approx(run_.dataset.position[run_.train[:4]].tolist())
 
 
 def test_every_weight_counts(begin):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, options, refused, run_here, started
+from conftest import SHARED, noted_rates, options, refused, run_here, started
 
 import common
 import data
@@ -384,6 +384,82 @@ def test_a_random_backbone_is_scored_with_the_statistics_it_would_have(begun):
     scored = f.eval()(images).std((0, 2, 3)).mean()
     batch = f.train()(images).std((0, 2, 3)).mean()
     assert .75 < (scored / batch).item() < 1.3
+
+
+def test_pretraining_trains_every_part(begun):
+    run_ = begun("--pretrain-steps", 1)
+    torch.manual_seed(1000)
+    before = pix2rep.load_backbone(run_)                           # as pre-training starts
+    start = pix2rep.pretrain(run_)
+    for name, value in before.unet.named_parameters():
+        if value.ndim == 4:
+            assert torch.equal(start["unet"][name], value) == name.startswith("head"), name
+    assert not torch.equal(start["widen"]["0.weight"], before.widen[0].weight)
+
+
+def test_rate_of_pretraining(begun, monkeypatch):
+    """5 % warm-up, cosine."""
+    run_ = begun("--pretrain-lr", 2, "--pretrain-steps", 40)
+    seen = noted_rates(monkeypatch)
+    pix2rep.pretrain(run_)
+    cosine = [1 + math.cos(math.pi * t / 40) for t in range(40)]
+    cosine[0] *= .5
+    assert seen == [[pytest.approx(rate)] for rate in cosine]
+
+
+def test_both_views_come_to_the_same_pixels(begun, monkeypatch):
+    """With the image itself for features, and no change of intensities, partners are equal."""
+    run_ = begun("--pretrain-steps", 1)
+    pairs = pix2rep.pixel_pairs
+    seen = []
+
+    def image_as_map(f, t_x, phi_t_x, one_pass):
+        return t_x.expand(-1, run_.o.width, -1, -1), phi_t_x.expand(-1, run_.o.width, -1, -1)
+
+    def noted(*arguments):
+        seen.append(pairs(*arguments))
+        return seen[-1]
+
+    def unchanged(x, inversion):
+        return x
+
+    monkeypatch.setattr(pix2rep, "two_maps", image_as_map)
+    monkeypatch.setattr(pix2rep, "pixel_pairs", noted)
+    monkeypatch.setattr(pix2rep, "random_intensity", unchanged)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)       # maps have no weights
+    pix2rep.pretrain(run_)
+    a, b = seen[0]
+    assert torch.allclose(a, b, atol=1e-5)
+    assert a.std() > .05
+
+
+def test_student_and_teacher_see_one_slice_and_intensities_of_their_own(begun, monkeypatch):
+    run_ = begun()
+    seen = []
+
+    def brighter(x):
+        return x + 1
+
+    def net(x):
+        seen.append(x)
+        return x.expand(-1, 4, -1, -1)
+
+    monkeypatch.setattr(pix2rep, "photometric", brighter)
+    pix2rep.on_unlabelled(run_, net, net, 3)
+    teacher, student = seen
+    assert torch.equal(student, teacher + 1)
+
+
+def test_the_teacher_begins_as_a_mean_of_all_so_far(begun, monkeypatch):
+    run_ = begun("--mean-teacher")
+    alphas = []
+
+    def noted(teacher, student, alpha):
+        alphas.append(alpha)
+
+    monkeypatch.setattr(pix2rep, "update_teacher", noted)
+    pix2rep.finetune(run_, Row("scratch-mt", 1, 0))
+    assert alphas == pytest.approx([1 - 1 / (t + 1) for t in range(12)])
 
 
 def test_pretrained_weights_reach_the_fine_tuned_network(begun):

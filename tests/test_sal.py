@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, options, refused, run_here, started
+from conftest import SHARED, noted_rates, options, refused, run_here, started
 
 import common
 import data
@@ -54,8 +54,47 @@ def test_rates_of_the_two_groups(finished, phantom, tmp_path):
     for name, value in unet.named_parameters():
         if name.startswith("encoder"):
             assert torch.equal(value, start["unet"][name])
-    moved = common.UNet(1, 4, 4).state_dict()["head.weight"]
-    assert not torch.equal(unet.head.weight, moved)
+    torch.manual_seed(0)
+    drawn = run_.unet().state_dict()                               # as fine-tuning draws them
+    assert not torch.equal(unet.head.weight, drawn["head.weight"])
+    sal, run_ = begun(phantom, work, tmp_path / "other", "--lr", 0)
+    unet = sal.finetune(run_, common.Row("sal", 1, 0), start)
+    for name, value in unet.named_parameters():
+        if not name.startswith("encoder"):
+            assert torch.equal(value, drawn[name]), name
+        elif value.ndim == 4:
+            assert not torch.equal(value, start["unet"][name]), name
+
+
+def test_rate_of_pretraining(finished, phantom, tmp_path, monkeypatch):
+    _, work, _ = finished("sal")
+    sal, run_ = begun(phantom, work, tmp_path, "--pretrain-lr", 2)
+    seen = noted_rates(monkeypatch)
+    sal.pretrain(run_)
+    assert seen == [[pytest.approx(1 + math.cos(math.pi * t / 6))] for t in range(6)]
+
+
+def test_a_pair_is_moved_alike_and_told_apart(finished, phantom, tmp_path, monkeypatch):
+    """Two views of one slice, intensities left alone: every pixel matches; and GP's positions."""
+    _, work, _ = finished("sal")
+    sal, run_ = begun(phantom, work, tmp_path, "--pretrain-steps", 1)
+    positions = []
+    loss = sal.global_positional_loss
+
+    def positional(z, position, *rest):
+        positions.append(position)
+        return loss(z, position, *rest)
+
+    def same_slice(pool, numbers, n_pairs, threshold):
+        return numbers[:n_pairs], numbers[:n_pairs]
+
+    monkeypatch.setattr(sal, "global_positional_loss", positional)
+    monkeypatch.setattr(sal, "sample_pairs", same_slice)
+    monkeypatch.setattr(sal, "photometric", lambda x: x)
+    sal.pretrain(run_)
+    assert common.read_log(run_.out)[0]["WLA"] < 1e-5
+    own = run_.dataset.position[run_.train[:4]]                    # 4 pairs
+    assert positions[0].tolist() == pytest.approx([*own, *own])
 
 
 def test_rates_follow_what_is_taken(finished, phantom, tmp_path):
