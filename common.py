@@ -1181,6 +1181,9 @@ class Run:
         if self.o.claims:
             yield from self.claimed_rows()
             sys.exit()                                             # the parent does the rest
+        for row in self.all_rows(self.chosen):
+            if self.o.scratch and row.method in self.baselines and self.finished(row) is None:
+                print(f"{row.name}: not in {self.o.scratch}, so it is trained here")
         workers = Workers(self) if self.o.workers > 1 else None
         for row in self.all_rows(self.methods):
             wanted = row.method in self.chosen

@@ -1190,13 +1190,17 @@ def test_rows_of_other_classes_are_refused(filled, copied, phantom, tmp_path):
         fill(other)
 
 
-def test_scratch_is_read_out_of_another_run(filled, phantom, tmp_path):
+def test_scratch_is_read_out_of_another_run(filled, phantom, tmp_path, capsys):
     """With other options of pre-training, and one row more, which is trained."""
     other = ["--scratch", filled[0] / "o", "--labelled", 1, 2, "--kind", "hard"]
     run = opened(phantom, tmp_path, *other)
     own = common.Row("other", 1, 0)                                # of scratch alone, not of this
     assert run.checkpoint(own) == run.out / "other_n1_s0.pt"
+    capsys.readouterr()
     assert fill(run) == ["other_n1_s0", "scratch_n2_s0", "other_n2_s0"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if "trained here" in line] == [
+        f"scratch_n2_s0: not in {filled[0] / 'o'}, so it is trained here"]
     row = ("scratch", 1, 0)
     assert results(run)[row] == results(filled[1])[row]
     there = common.Row(*row)
