@@ -298,6 +298,19 @@ def test_the_crop_lies_inside_and_turns_and_flips():
         assert .4 < share.float().mean() < .6
 
 
+def test_a_turned_crop_is_a_square_of_its_angle():
+    torch.manual_seed(0)
+    grid, _ = random_affine(500, 16, 1., (.5, .9), CPU)
+    along = grid[:, 0, -1] - grid[:, 0, 0]                         # [500, 2]: (x, y) of a row
+    across = grid[:, -1, 0] - grid[:, 0, 0]
+    assert torch.allclose((along * across).sum(1), torch.zeros(500), atol=1e-5)
+    assert torch.allclose(along.norm(dim=1), across.norm(dim=1), atol=1e-5)
+    angle = torch.atan(along[:, 1] / along[:, 0])                  # whatever is flipped
+    assert angle.abs().max() < 1 + 1e-5
+    assert angle.min() < -.9
+    assert angle.max() > .9
+
+
 def test_inversion():
     torch.manual_seed(0)
     x = torch.rand(50, 1, 16, 16)
