@@ -95,6 +95,15 @@ def noted_rates(monkeypatch):
     return seen
 
 
+def lowered(loss, x, step):
+    """Assert that a small step against the gradient lowers loss(x): it is there, and right."""
+    x = x.clone().requires_grad_()
+    before = loss(x)
+    before.backward()
+    assert x.grad.isfinite().all()
+    assert loss(x - step * x.grad).item() < before.item() - 1e-5
+
+
 def refused(done, *words):
     """Assert that a run ended with exit code 2 and one clear line that holds these words."""
     assert done.returncode == 2, done.stderr

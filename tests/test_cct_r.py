@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import noted_rates, options, refused, run, started
+from conftest import lowered, noted_rates, options, refused, run, started
 
 import cct_r
 import common
@@ -459,6 +459,12 @@ def test_the_class_of_a_cell_is_that_of_its_middle():
         assert cct_r.cell_classes(ramp, (8, 8))[0, 0].tolist() == [0] * k + [1] * (8 - k)
 
 
+def test_balanced_contrast_has_a_gradient():
+    torch.manual_seed(0)
+    y = torch.randint(0, 3, (20,))
+    lowered(lambda z: balanced_contrastive_loss(z, y, .1), torch.randn(20, 5), .01)
+
+
 def test_memory_bank():
     bank = MemoryBank(4, 2, 2)                                     # 4 volumes, 2 features each
     z = torch.eye(2)
@@ -636,6 +642,15 @@ def test_dice_is_the_bases():
     assert cct_r.dice_loss(one, zero).item() == pytest.approx(1 - .96 / 2, abs=1e-4)
     sure = 50 * F.one_hot(y, 4).movedim(-1, 1).float()
     assert cct_r.dice_loss(sure, y).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_losses_of_logits_have_a_gradient():
+    torch.manual_seed(0)
+    logits, other = torch.randn(2, 2, 4, 6, 6)
+    y = torch.randint(0, 4, (2, 6, 6))
+    for loss in (cct_r.dice_loss, cct_r.segmentation_loss):
+        lowered(lambda x: loss(x, y), logits, .1)
+    lowered(lambda x: cct_r.cross_teaching_loss(x, other), logits, .1)
 
 
 def test_segmentation_loss():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS, save, volume
+from conftest import SCRIPTS, lowered, save, volume
 
 import common
 import data
@@ -113,6 +113,11 @@ def test_dice_loss_equals_the_float64_loop():
                     either += p[b, k, i, j] + y
         dice += (2 * both + 1e-5) / (either + 1e-5)
     assert dice_loss(logits, label).item() == pytest.approx(1 - dice / 2, abs=1e-6)
+
+
+def test_dice_loss_has_a_gradient():
+    truth = torch.randint(0, 3, (2, 6, 6))
+    lowered(lambda logits: common.dice_loss(logits, truth), torch.randn(2, 3, 6, 6), .1)
 
 
 def test_dice_loss_of_the_truth_is_zero():

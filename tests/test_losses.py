@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import lowered
 
 import common
 import macl
@@ -277,6 +278,14 @@ def test_uniformity_spares_the_matches():
     want = uniformity_oracle(x, volume, spared)
     assert uniformity_loss(x, volume, spared=matched).item() == pytest.approx(want, abs=1e-5)
     assert uniformity_loss(x, volume).item() != pytest.approx(want, abs=1e-3)
+
+
+def test_uniformity_has_a_gradient():
+    def loss(x):
+        torch.manual_seed(0)                                       # the same places
+        return uniformity_loss(x, [0, 0, 1, 1])
+
+    lowered(loss, torch.randn(4, 6, 4, 4), .1)
 
 
 def test_uniformity_of_equal_features_is_four():
