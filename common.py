@@ -328,7 +328,7 @@ def prepare(cases, target, size, cache):
     if (folder / "index.json").is_file():
         return SliceDataset(folder)
     partial = folder.with_name(f"{key}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)                     # of one that was killed
+    shutil.rmtree(partial, ignore_errors=True)                     # a killed process of this number
     try:
         partial.mkdir(parents=True)
         _write_slices(cases, target, size, partial)
@@ -384,9 +384,8 @@ class Pool:
 
     parts: [(SliceDataset, numbers of its slices)], whole volumes in order. slice, depth, position
     [N] and `image` as in `SliceDataset`; volume [N], counted through all sets; numbers [N]: 0, 1,
-    2, ... Positions of the k-th
-    dataset have 2 k added, so that none is close to one of another set: half-way up a heart is not
-    half-way up an abdomen (ours).
+    2, ... Positions of the k-th dataset have 2 k added, so that none is close to one of another
+    set: half-way up a heart is not half-way up an abdomen (ours).
     """
     def __init__(self, parts):
         def joined(name):
@@ -785,7 +784,7 @@ def load_checkpoint(path, method=None, options=None):
     for key, value in (options or {}).items():
         if made.get(key) != value:
             raise DataError(f"{path}: made with {key} = {made.get(key)}, now {value}; "
-                            "use the same options, another --out, or no --scratch")
+                            "use the same options, or another --out, --scratch or --init")
     return content
 
 
@@ -1145,7 +1144,7 @@ class Run:
             if self.o.claims and os.getppid() != self.parent:      # a worker's parent was killed
                 sys.exit(1)
             if (step + 1) % self.o.save_every == 0 or step == total - 1:
-                save_checkpoint(path, method=self.o.method, options=self.kept(), phase=phase,
+                save_checkpoint(path, method=self.o.method, options=self.kept(),
                                 seconds=clock(self.device) - begun,
                                 **training_state(step + 1, modules, optimiser))
         self.seconds = clock(self.device) - begun
@@ -1181,9 +1180,12 @@ class Run:
         if self.o.claims:
             yield from self.claimed_rows()
             sys.exit()                                             # the parent does the rest
-        for row in self.all_rows(self.chosen):
-            if self.o.scratch and row.method in self.baselines and self.finished(row) is None:
-                print(f"{row.name}: not in {self.o.scratch}, so it is trained here")
+        for row in self.all_rows(self.baselines):
+            if self.o.scratch and self.finished(row) is None:
+                if row.method in self.chosen:
+                    print(f"{row.name}: not in {self.o.scratch}, so it is trained here")
+                elif row.method == "scratch":
+                    print(f"{row.name}: not in {self.o.scratch}, so nothing is compared with it")
         workers = Workers(self) if self.o.workers > 1 else None
         for row in self.all_rows(self.methods):
             wanted = row.method in self.chosen
@@ -1465,13 +1467,19 @@ def without_nan(x):
 
 
 def write_results(run):
-    """metrics.json and per_volume.csv from all rows that are done."""
+    """metrics.json and per_volume.csv from all rows that are done.
+
+    Of memory the most, also of the times before --resume.
+    """
+    path = run.out / "metrics.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    memory = {name: max(mb, before.get(name, 0)) for name, mb in peak_memory(run.device).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__}
     metrics = {"rule": RULE, "classes": run.classes, "rows": run.runs, "summary": run.summary,
                "gains": run.gains, "seconds": seconds_by_phase(run.out),
-               **peak_memory(run.device), "versions": versions}
-    write_atomic(run.out / "metrics.json", json.dumps(without_nan(metrics), indent=1))
+               **memory, "versions": versions}
+    write_atomic(path, json.dumps(without_nan(metrics), indent=1))
     write_csv(run.out / "per_volume.csv", run.volume_rows)
 
 

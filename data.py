@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 
@@ -365,16 +366,21 @@ def write_nifti(path, label, like):
 
 
 def check_lie(files):
-    """Refuse NIfTI files of one scan whose axes lie otherwise than the first's. Raises DataError.
+    """Refuse NIfTI files of one scan that are turned otherwise than the first. Raises DataError.
 
-    Each file is turned by its own header, so such a label would be laid over its image mirrored.
+    Every file is turned by its own header: right where a header that says other axes also puts the
+    volume's middle where the first's is; else it is not true, and a label would lie mirrored.
     """
-    first = nib.aff2axcodes(_open(files[0]).affine)
-    for file in files[1:]:
-        axes = nib.aff2axcodes(_open(file).affine)
-        if axes != first:
-            raise DataError(f"{file}: its axes lie {''.join(map(str, axes))}, those of "
-                            f"{files[0].name} {''.join(map(str, first))}; save it on that grid")
+    lies = []
+    for file in files:
+        image = _open(file)
+        middle = [(n - 1) / 2 for n in image.shape[:3]]
+        lies.append(("".join(nib.aff2axcodes(image.affine)), apply_affine(image.affine, middle)))
+    axes, place = lies[0]
+    for file, (other, there) in zip(files[1:], lies[1:]):
+        if other != axes and np.abs(there - place).max() > 1:      # mm
+            raise DataError(f"{file}: its axes lie {other}, those of {files[0].name} {axes}, and "
+                            "its middle elsewhere; save it on that grid")
 
 
 def _read_npz(files, key):
@@ -764,7 +770,7 @@ def make_phantom(out, patients=40, seed=0):
     if out.exists():
         raise DataError(f"{out}: exists already; give a new folder or remove it")
     partial = out.with_name(out.name + f".partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)               # of one that was killed
+    shutil.rmtree(partial, ignore_errors=True)               # of a killed process of this number
     try:
         _write_phantom(partial, patients, seed)
         os.replace(partial, out)

@@ -473,7 +473,8 @@ def networks(run, start=None):
 def draw_branches(run, large, start):
     """branches.png: inputs of the two branches, and what they make of them, a slice a row.
 
-    Of Y~ and Y how strong they are; of Z^l and Z~^l how alike their vectors are, before and after.
+    Of Y~ and Y how strong they are; of Z^l and Z~^l how alike their vectors are, before and after,
+    and in brackets those of two different slices: collapse would make these alike as well.
     """
     o = run.o
     # batch statistics of maps of 1 x 1 need two slices, so training patients may fill up
@@ -487,8 +488,10 @@ def draw_branches(run, large, start):
     alike = {}
     for when, weights in (("before", None), ("after", start)):
         pairs = branches(*networks(run, weights), (I1, I2, V1, V2))
-        cosine_map = F.cosine_similarity(*pairs["d"], dim=1)       # [M, h, w], as L_d compares
-        alike[f"cosine of Z^l and Z~^l, {when}"] = cosine_map.cpu()
+        Z_l, Z_l_aux = pairs["d"]
+        own = F.cosine_similarity(Z_l, Z_l_aux, dim=1)             # [M, h, w], as L_d compares
+        strangers = F.cosine_similarity(Z_l, Z_l_aux.roll(1, 0), dim=1)
+        alike[f"cosine Z^l, Z~^l, {when}"] = own.cpu(), strangers.mean((1, 2)).cpu()
     Y, Y_aux = pairs["ER"]
     strong = {"auxiliary: Y~ = e(I2)": heat(Y_aux), "dominant: Y = e(down(I1))": heat(Y)}
     figure, axes = common.new_figure(len(numbers), 8)
@@ -498,9 +501,9 @@ def draw_branches(run, large, start):
         for axis, (title, x) in zip(row[4:6], strong.items()):
             axis.imshow(x[v], cmap="magma", vmin=0, vmax=1)
             axis.set_title(f"{title}\n{x.shape[1]} x {x.shape[2]}", fontsize=8)
-        for axis, (title, x) in zip(row[6:], alike.items()):
+        for axis, (title, (x, strangers)) in zip(row[6:], alike.items()):
             axis.imshow(x[v], cmap="magma", vmin=-1, vmax=1)
-            axis.set_title(f"{title}\nmean {x[v].mean():.2f}", fontsize=8)
+            axis.set_title(f"{title}\nmean {x[v].mean():.2f} ({strangers[v]:.2f})", fontsize=8)
     common.save_figure(figure, run.out / "figures/branches.png")
 
 
@@ -535,8 +538,8 @@ LOOK_INIT = """what the encoder answers to before and after pre-training, at its
 In the table, `gain` is what the weights of --init are worth beside scratch."""
 LOOK = """the last two maps of a row: how alike the vectors are that one branch
 decodes from the small image and the other encodes from the full one, before and after pre-training
-(with L_d they should be). In the table, `gain` is what that is worth beside the same network from
-scratch."""
+(with L_d they should be; in brackets: of different slices). In the table, `gain` is what that is
+worth beside the same network from scratch."""
 
 
 def main(arguments=None):

@@ -736,6 +736,9 @@ def test_metrics_json_has_no_nan(tmp_path):
     assert metrics["rows"][0]["mean_dice"] is None
     assert metrics["summary"] == [{"std": None}]
     assert metrics["seconds"] == {"pretrain": 3}
+    (tmp_path / "metrics.json").write_text('{"peak_memory_mb": 10000000}')         # before --resume
+    common.write_results(run)
+    assert json.loads((tmp_path / "metrics.json").read_text())["peak_memory_mb"] == 10_000_000
 
 
 def test_log_with_lines_cut_by_a_kill(tmp_path):
@@ -1204,8 +1207,13 @@ def test_scratch_is_read_out_of_another_run(filled, phantom, tmp_path, capsys):
     capsys.readouterr()
     assert fill(run) == ["other_n1_s0", "scratch_n2_s0", "other_n2_s0"]
     printed = capsys.readouterr().out.splitlines()
-    assert [line for line in printed if "trained here" in line] == [
+    assert [line for line in printed if " not in " in line] == [
         f"scratch_n2_s0: not in {filled[0] / 'o'}, so it is trained here"]
+    alone = opened(phantom, tmp_path / "alone", *other)
+    alone.choose("scratch", "other")
+    alone.chosen = ["other"]                                       # --rows other
+    assert [row.name for row in alone.rows()] == ["other_n1_s0", "other_n2_s0"]
+    assert "scratch_n2_s0: not in" in capsys.readouterr().out
     row = ("scratch", 1, 0)
     assert results(run)[row] == results(filled[1])[row]
     there = common.Row(*row)

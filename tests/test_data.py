@@ -600,6 +600,19 @@ BAD = {
 }
 
 
+def test_a_label_turned_with_a_true_header_is_read(tmp_path):
+    msd(tmp_path)
+    cases = find_cases(tmp_path)
+    want = read_case(cases[1], cases).label
+    label = nib.load(tmp_path / LABEL)
+    wanted = nib.orientations.axcodes2ornt("PRI")
+    now = nib.orientations.io_orientation(label.affine)
+    turned = label.as_reoriented(nib.orientations.ornt_transform(now, wanted))
+    assert nib.aff2axcodes(turned.affine) != nib.aff2axcodes(label.affine)
+    nib.save(turned, tmp_path / LABEL)
+    assert np.array_equal(read_case(cases[1], cases).label, want)
+
+
 @pytest.mark.parametrize("change", BAD, ids=lambda change: change.__name__)
 def test_bad_files(change, tmp_path):
     msd(tmp_path)
