@@ -1421,9 +1421,9 @@ def start_run(out, options, resume):
             old = json.loads(path.read_text())
         except ValueError:
             raise DataError(f"{path}: not JSON; remove it or give another --out") from None
-        for key in options.keys() - FREE:
-            if key in old and old[key] != options[key]:
-                raise DataError(f"{path}: run made with {key} = {old[key]}, now {options[key]}; "
+        for key, value in options.items():                         # what was typed comes first
+            if key not in FREE and key in old and old[key] != value:
+                raise DataError(f"{path}: run made with {key} = {old[key]}, now {value}; "
                                 "resume with the same options or give another --out")
     write_atomic(path, json.dumps(options, indent=1))
     path = out / "log.jsonl"
