@@ -218,7 +218,8 @@ def _place(x, size, value=0.):
     for axis, want in ((-2, size[0]), (-1, size[1])):
         have = x.shape[axis]
         before = abs(want - have) // 2                             # so cropping undoes padding
-        before = before if want > have else -before
+        if want < have:
+            before = -before
         pad = [before, want - have - before]                       # negative padding crops
         x = F.pad(x, pad if axis == -1 else [0, 0] + pad, value=value)
     return x
@@ -1180,12 +1181,8 @@ class Run:
         if self.o.claims:
             yield from self.claimed_rows()
             sys.exit()                                             # the parent does the rest
-        for row in self.all_rows(self.baselines):
-            if self.o.scratch and self.finished(row) is None:
-                if row.method in self.chosen:
-                    print(f"{row.name}: not in {self.o.scratch}, so it is trained here")
-                elif row.method == "scratch":
-                    print(f"{row.name}: not in {self.o.scratch}, so nothing is compared with it")
+        if self.o.scratch:
+            self.note_missing()
         workers = Workers(self) if self.o.workers > 1 else None
         for row in self.all_rows(self.methods):
             wanted = row.method in self.chosen
@@ -1196,6 +1193,16 @@ class Run:
                 self.collect(row, content)
             elif wanted:
                 yield row
+
+    def note_missing(self):
+        """Print which baselines --scratch lacks."""
+        for row in self.all_rows(self.baselines):
+            if self.checkpoint(row).exists():
+                continue
+            if row.method in self.chosen:
+                print(f"{row.name}: not in {self.o.scratch}, so it is trained here")
+            elif row.method == "scratch":
+                print(f"{row.name}: not in {self.o.scratch}, so nothing is compared with it")
 
     def claimed_rows(self):
         """The rows that this worker is the first to take; its parent collects them."""
@@ -1215,11 +1222,13 @@ class Run:
             return path
         return Path(self.o.scratch) / path.name
 
-    def check_classes(self, path, content):
-        """Raise DataError unless a row was trained on this run's classes."""
+    def load_row(self, path, method, options):
+        """The checkpoint of a row; DataError if of another `method`, `options` or classes."""
+        content = load_checkpoint(path, method, options)
         if content["classes"] != self.classes:
             raise DataError(f"{path}: its classes are {', '.join(content['classes'])}, now "
                             f"{', '.join(self.classes)}; use another --out, or no --scratch")
+        return content
 
     def shared(self, row):
         """The checkpoint of a row in --scratch, or None. DataError if made otherwise."""
@@ -1229,8 +1238,7 @@ class Run:
         if not path.exists():
             return None
         options = self.kept()
-        content = load_checkpoint(path, None, {k: options[k] for k in self.baselines[row.method]})
-        self.check_classes(path, content)
+        content = self.load_row(path, None, {k: options[k] for k in self.baselines[row.method]})
         if content["patients"] != self.patients(row.labelled):
             raise DataError(f"{path}: trained on {' '.join(content['patients'])}, this run takes "
                             f"{' '.join(self.patients(row.labelled))}; leave out --scratch")
@@ -1240,9 +1248,7 @@ class Run:
         """The checkpoint of a row that is done, here (--resume) or in --scratch; else None."""
         path = self.out / f"{row.name}.pt"
         if (self.o.resume or self.o.workers > 1) and path.exists():
-            content = load_checkpoint(path, self.o.method, self.kept())
-            self.check_classes(path, content)
-            return content
+            return self.load_row(path, self.o.method, self.kept())
         return self.shared(row)
 
     def score(self, row, net, **others):
@@ -1533,10 +1539,11 @@ def predict_files(o, build=build_unet):
         x = to_network(x, spacing, made["spacing"], made["size"]).to(device)       # [V, C, S, S]
         label = predict(unet, x, image.shape[1:], spacing, made["spacing"])        # [V, H, W]
         label = label.cpu().numpy()
-        with writing(out / f"{stem(file)}.nii.gz"):
-            write_nifti(out / f"{stem(file)}.nii.gz", label, file)
+        path = out / f"{stem(file)}.nii.gz"
+        with writing(path):
+            write_nifti(path, label, file)
         voxels = [f"{name} {int((label == k).sum())} voxels" for k, name in enumerate(classes) if k]
-        print(f"{out / stem(file)}.nii.gz: {', '.join(voxels)}")
+        print(f"{path}: {', '.join(voxels)}")
 
 
 # ---------------------------------------------------------------------------------------- figures

@@ -50,8 +50,8 @@ def read_run(folder):
 
 def comparable(runs):
     """Raise RunError unless all runs have the same data, split and rule of scoring."""
+    first = runs[0]
     for run in runs[1:]:
-        first = runs[0]
         for name in ("data", "split", "cases"):
             if name not in first["options"] or name not in run["options"]:
                 continue                                           # runs of old have no "cases"
@@ -147,11 +147,11 @@ def summary_row(run, method, labelled):
     return None
 
 
-def dice_cell(folder, method, labelled):
-    """Mean Dice, ± over seeds; a single seed is marked; "not run" without run or row."""
-    if not folder.is_dir():
+def dice_cell(run, method, labelled):
+    """Mean Dice, ± over seeds; a single seed is marked; "not run" without run (None) or row."""
+    if run is None:
         return "not run"
-    row = summary_row(read_run(folder), method, labelled)
+    row = summary_row(run, method, labelled)
     if row is None:
         return "not run"
     return number(row["mean_dice"], ".3f") + " (1 seed)" * (row["n"] == 1)
@@ -166,10 +166,14 @@ def dice_table(labelled, lines):
         title, source = line.split("=")
         name, method = source.split(maxsplit=1)
         folder = HERE / "runs" / name
-        cells = [dice_cell(folder, method.strip(), n) for n in labelled]
-        runs += [read_run(folder)] if folder.is_dir() else []
+        run = None
+        if folder.is_dir():
+            run = read_run(folder)
+            runs.append(run)
+        cells = [dice_cell(run, method.strip(), n) for n in labelled]
         rows.append("| " + " | ".join([title.strip(), *cells]) + " |")
-    comparable(runs)
+    if runs:
+        comparable(runs)
     return "\n".join(rows) + "\n"
 
 
@@ -275,9 +279,9 @@ def keep(folder):
     for path in [options["data"], *options.get("pretrain_data", [])]:
         if path:                                                   # None: the phantom
             short = f"path/to/{Path(path).name}"
-            texts["options.json"] = texts["options.json"].replace(f'"{path}"', f'"{short}"')
             whole = rf"(?<![\w./-]){re.escape(path)}(?![\w./-])"   # not a part of another path
-            texts["run.txt"] = re.sub(whole, short, texts["run.txt"])
+            for name in ("options.json", "run.txt"):
+                texts[name] = re.sub(whole, short, texts[name])
     for name, text in texts.items():
         (kept / name).write_text(text)
 

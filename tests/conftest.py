@@ -81,6 +81,11 @@ def started(script, *arguments):
     return module, run
 
 
+def label_as_image(self, numbers, device="cpu"):
+    """In place of `SliceDataset.image`: the label of the slices, as grey values."""
+    return self.label(numbers)[:, None].float()
+
+
 def noted_rates(monkeypatch):
     """A list to which every step of AdamW adds the rates of its groups."""
     import torch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import lowered, noted_rates, options, refused, run, started
+from conftest import label_as_image, lowered, noted_rates, options, refused, run, started
 
 import cct_r
 import common
@@ -1043,9 +1043,6 @@ def test_every_loss_sees_its_slices(setting, tmp_path, monkeypatch):
 
 
 def test_the_bases_views_move_image_and_label_alike(setting, monkeypatch):
-    def label_as_image(self, numbers, device="cpu"):
-        return self.label(numbers)[:, None].float()
-
     monkeypatch.setattr(common.SliceDataset, "image", label_as_image)
     own = setting.dataset.of_patients(setting.split["labelled"][:2])
     image, label = cct_r.baseline_batch(changed(setting, base_views=True, batch=40), own)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS, lowered, save, volume
+from conftest import SCRIPTS, label_as_image, lowered, save, volume
 
 import common
 import data
@@ -640,9 +640,6 @@ class Reads(torch.nn.Module):
 
 def test_a_network_that_knows_the_labels_scores_high(phantom, tmp_path, monkeypatch):
     """Every slice comes back to its own place, every class to its own name."""
-    def label_as_image(self, numbers, device="cpu"):
-        return self.label(numbers)[:, None].float()
-
     monkeypatch.setattr(common.SliceDataset, "image", label_as_image)
     lines = common.score(Reads(), opened(phantom, tmp_path, "--spacing", 2.5, "--size", 64))
     assert min(line["dice"] for line in lines) > .8
