@@ -40,7 +40,7 @@ def test_workers_killed_and_resumed(finished, phantom):
         time.sleep(.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(5)                                                  # a step is enough for a worker
+    time.sleep(3)                                                  # a step is enough for a worker
     before = {f.name: f.stat().st_mtime_ns for f in killed.glob("*.pt")}
     time.sleep(1)
     assert {f.name: f.stat().st_mtime_ns for f in killed.glob("*.pt")} == before
