@@ -789,8 +789,13 @@ def load_checkpoint(path, method=None, options=None):
     return content
 
 
-def load_start(path, unet):
-    """--init: the content of a pretrained.pt of any method, if its weights fit `unet`."""
+def load_start(o, unet):
+    """--init: the content of a pretrained.pt of any method, if its weights fit `unet`.
+
+    It may be of other scans. Then no one knows whether test patients of this run are among them,
+    and that is said.
+    """
+    path = o.init
     start = load_checkpoint(path)
     if "parts" not in start:
         raise DataError(f"{path}: holds no weights to start from; give a pretrained.pt")
@@ -798,6 +803,10 @@ def load_start(path, unet):
     layers = dict.fromkeys(".".join(k.split(".")[:-1][:3]) for k in fresh)     # as decoder.blocks.3
     print(f"{path}: {start['method']} gives {len(taken)} tensors ({', '.join(start['parts'])}); "
           f"{len(fresh)} start fresh ({', '.join(layers)})")
+    made = start["options"]
+    if made.get("cases", o.cases) != o.cases or made.get("pretrain_data"):
+        print(f"{path}: pre-trained on other scans or another split; whether patients scored here "
+              "were among them is not checked (--pretrain-data does)")
     return start
 
 
@@ -1015,7 +1024,7 @@ class Run:
         o.cases = digest([who, self.split])                        # other scans: another run
         self.check()
         self.sources = find_sources(self)                          # of --pretrain-data
-        self.start = load_start(o.init, self.unet()) if o.init else None
+        self.start = load_start(o, self.unet()) if o.init else None
         self.baselines = {"scratch": BASELINE}                     # rows that --scratch may read
         self.runs = []                                             # rows of metrics.json
         self.volume_rows = []                                      # rows of per_volume.csv

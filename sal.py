@@ -19,7 +19,8 @@ What LA is worth, a run a line; the default has GP, repulsion and LA:
     python sal.py --spare-matches --out runs/spared               no repulsion of LA's own matches
     python sal.py --weight-gp 0 --out runs/la-u                   LA and repulsion, no GP
 
-(8 is the side of the phantom's feature map, size / 2^level; 12 on ACDC.)
+(8 is the side of the phantom's feature map, size / 2^level; 12 on ACDC. Without GP only the
+encoder's levels 0 to `level` are trained, and taken.)
 
 Paper, code, and what we chose. [paper]: stated there; [PCL]: Zeng et al., MICCAI 2021, what
 "positional" means in this field; [ours]: the paper is silent or we could not read it. The authors
@@ -32,15 +33,15 @@ published no code. The paper has three numbered equations, which could not be re
  3. X = N(E(F(S))): encoder F, linear embedding E, L2 norm over channels N [paper, by a review]. E
     has no bias, X comes from encoder level 3, 12 x 12 places at 96 x 96 [ours].
  4. GP: the paper's equation could not be read, so it is PCL's loss, z = pool, linear, ReLU, linear,
-    tau = 0.1, t = 0.35 on ACDC and 0.1 elsewhere [PCL]. PCL's factor tau / 0.07 is left out; LA
-    takes the same t, as its own is not known [ours]: `--threshold`, `--threshold-la`. Pre-trained
-    on several sets, each keeps its own t [ours].
+    tau = 0.1, t = 0.35 on ACDC and 0.1 on CT [PCL], for us on all sets but ACDC [ours]. PCL's
+    factor tau / 0.07 is left out; LA takes the same t, as its own is not known [ours]:
+    `--threshold`, `--threshold-la`. With `--data` each of several sets keeps its own t [ours].
  5. Total: L_GP + lambda L_WLA, lambda = 1, and our L_U beside them [ours].
- 6. LA has no repulsion and is 0 when all features are equal; L_U repels pixels of different places.
-    Without it LA collapses (results/sal.md). The log has `WLA_strangers` beside WLA: the
-    same loss between views that do not belong together: of another pair, nearly always of another
-    volume, and moved otherwise. Off unless asked for: matches within a `--radius` of the own place,
-    `--spare-matches` [ours].
+ 6. LA has no repulsion and is 0 when all features are equal; L_U repels pixels of different places,
+    and those of one place in different volumes. Without it LA collapses (results/sal.md). The log
+    has `WLA_strangers` beside WLA: the same loss between views that do not belong together: of
+    another pair, nearly always of another volume, and moved otherwise. Off unless asked for:
+    matches within a `--radius` of the own place, `--spare-matches` [ours].
  7. Pairs: slice i at random, j at random with |i-j| / V < t of LA, j = i allowed, so that all four
     kinds of pairs occur (Fig. 1 has "different selections" of pairs; what the four are is our
     reading). The two are moved by the same transform, or there would be no place to align, and get
@@ -53,10 +54,10 @@ published no code. The paper has three numbered equations, which could not be re
     the spread over seeds is that of fine-tuning. The last checkpoint is scored; test patients
     choose nothing [ours].
 
-Letters: B pairs in a batch, n = 2B views, C channels, h, w size of a feature map, S network size
-(S_i: slice i), V slices in a volume, i slice number, K classes; t threshold, r windows along a
-side, A similarities, p, q places of a map, a, b views (in (GP) p is one too), d length of z. The
-paper's F and N are `unet.encoder` and `F.normalize`.
+Letters: B pairs in a batch, n = 2B views, N slices of the pool, C channels, h, w size of a feature
+map, S network size (S_i: slice i), V slices in a volume, i slice number, K classes; t threshold,
+r windows along a side, A similarities, sim cosine similarity, p, q places of a map, a, b views (in
+(GP) p is one too), d length of z. The paper's F and N are `unet.encoder` and `F.normalize`.
 """
 import math
 
@@ -86,7 +87,7 @@ OPTIONS = [
     ("pretrain_rotation", .5, None, None, "largest rotation of a pair in rad (PCL: pi)"),
     ("pairs", 16, None, None, "B, pairs of slices a step (PCL: 32 slices)"),
     ("threshold", None, .35, None,
-     "t of GP, a share of the volume's length; 0.35 on ACDC, else 0.1 (PCL)"),
+     "t of GP, a share of the volume's length; 0.35 on ACDC (PCL), else 0.1"),
     ("threshold_la", None, .35, None,
      "t of LA and of the choice of pairs; 0.35 on ACDC, else 0.1 (paper: not known)"),
     ("temperature", .1, None, None, "tau of GP (PCL: 0.1)"),
@@ -107,7 +108,7 @@ OPTIONS = [
 
 
 def usual_threshold(cases):
-    """t that is usual for a set (PCL): 0.35 on ACDC, at most 3 slices of 10 apart, and else 0.1."""
+    """t for a set: 0.35 on ACDC, at most 3 slices of 10 apart (PCL); else 0.1, PCL's on CT."""
     return .35 if cases.layout == "ACDC" else .1
 
 
@@ -295,8 +296,8 @@ def pair_kinds(volume, slice_number, depth, threshold):
 
     1 two views of one slice; 2 two close slices of one volume; 3 a like position in different
     volumes; 4 far apart. GP attracts kinds 1, 2, 3 and repels all; LA takes each view and its
-    partner, a pair of kind 1 or 2. volume, slice_number, depth (= V): [n] each; threshold: of GP.
-    For reading and tests: training does not call it.
+    partner, a pair of kind 1 or 2 if its t is not larger. volume, slice_number, depth (= V): [n]
+    each; threshold: of GP. Of one set. For reading and tests: training does not call it.
     """
     volume = torch.as_tensor(np.asarray(volume))
     i = torch.as_tensor(np.asarray(slice_number))
@@ -364,6 +365,18 @@ def by_slice(threshold, pool):
     return np.broadcast_to(threshold, len(pool.datasets))[pool.part]
 
 
+def note_lonely(pool, t):
+    """Say so if many slices of the pool have no partner but themselves, as in short volumes.
+
+    t: of LA, of every slice of the pool [N].
+    """
+    V = pool.depth
+    lonely = ((t + common.TIE) * V <= 1)[pool.numbers].mean()      # the share of them
+    if lonely > .2:
+        print(f"t of LA: {lonely:.0%} of the slices have no other slice as near, as |i-j| / V < t "
+              "leaves j = i alone; try --threshold-la .35")
+
+
 def pair_batch(run, pool):
     """B pairs of close slices as views [2B, C, S, S] (all i, then all j), and numbers [2B]."""
     o = run.o
@@ -380,8 +393,9 @@ def pretrain(run):
     """Train encoder and heads on all training slices, without labels; returns pretrained.pt."""
     o = run.o
     pool = common.pretraining_slices(run, run.dataset)
+    note_lonely(pool, by_slice(o.threshold_la, pool))
     torch.manual_seed(o.pretrain_seed)
-    unet = run.place(run.unet(classes=2))                          # its head is not used here
+    unet = run.place(run.unet(classes=2))                          # its encoder alone is used
     heads = Heads(unet.encoder.widths, o.level).to(run.device)
     parameters = [*unet.encoder.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, o.pretrain_lr, weight_decay=1e-5)
@@ -522,6 +536,8 @@ def mark_place(axis, y, x, pixels, colour):
 LOOK = """in the two maps on the right much of the next slice is
 like the middle pixel before pre-training, and after it hardly anything but that pixel's own place.
 In the table, `gain` is what that is worth beside the same network from scratch."""
+LOOK_UNREPELLED = """the two maps on the right. Without L_U nothing
+keeps the pixels of a slice apart: random_pairs in log.jsonl near 1 means that all are alike."""
 LOOK_INIT = """the networks of this run; what the weights of --init have learnt is drawn by the run
 that made them. In the table, `gain` is what they are worth beside the same network from scratch."""
 
@@ -546,7 +562,7 @@ def main(arguments=None):
     if o.init:
         return run.report("overlays.png", LOOK_INIT)
     draw_matches(run, start)
-    run.report("matches.png", LOOK)
+    run.report("matches.png", LOOK if o.weight_u else LOOK_UNREPELLED)
 
 
 if __name__ == "__main__":

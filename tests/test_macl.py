@@ -637,14 +637,16 @@ def test_init_says_what_is_taken(finished, phantom):
             "decoder.blocks.1)") in done.stdout
     assert ("start fresh (decoder.blocks.2, decoder.blocks.3, decoder.ups.2, decoder.ups.3, "
             "head)") in done.stdout
+    assert "other scans" not in done.stdout
     assert same_network(work / "init_macl", out)                   # as if pre-trained here
     content = common.load_checkpoint(out / "pretrained.pt")
-    common.save_checkpoint(work / "sal_for_macl.pt", method="sal", options={},
-                           unet=content["unet"], parts=["encoder"])
+    common.save_checkpoint(work / "sal_for_macl.pt", method="sal",
+                           options={"cases": "others"}, unet=content["unet"], parts=["encoder"])
     words += ["--init", work / "sal_for_macl.pt", "--out", "init_sal"]
     done = run_here("macl", *words, cwd=work)
     assert done.returncode == 0, done.stderr
     assert "sal gives" in done.stdout
+    assert "pre-trained on other scans" in done.stdout
     assert not (work / "init_sal/pretrained.pt").exists()
     assert not (work / "init_sal/figures/branches.png").exists()   # there are no heads
     assert not same_network(work / "init_sal", out)

@@ -10,6 +10,7 @@ from conftest import SHARED, noted_rates, options, refused, run_here, started
 
 import common
 import data
+import sal
 
 
 def begun(phantom, work, tmp_path, *words):
@@ -210,6 +211,26 @@ def test_pairs_lie_in_one_volume_and_close(finished, phantom, tmp_path):
         assert set(j) <= set(run_.train)
         seen |= set(d.slice[j] - d.slice[i])
     assert {0, 1, -1, 2, -2} <= seen                               # itself, and both sides
+
+
+def test_slices_without_a_partner_are_noted(capsys):
+    """Of 8 slices none is nearer than a tenth of 8, and of 10 the next is just so near."""
+    pool = SimpleNamespace(depth=np.array([8] * 8 + [10] * 10), numbers=np.arange(18))
+    sal.note_lonely(pool, np.full(18, .1))
+    assert "44% of the slices" in capsys.readouterr().out
+    sal.note_lonely(pool, np.full(18, .35))
+    pool.numbers = np.arange(8, 18)
+    sal.note_lonely(pool, np.full(18, .1))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_to_look_at_depends_on_the_repulsion(finished, phantom):
+    _, work, printed = finished("sal")
+    assert "that pixel's own place" in printed
+    words = ["--data", phantom, *options("sal"), "--rows", "sal", "--weight-u", 0]
+    done = run_here("sal", *words, "--pretrain-steps", 1, "--out", "unrepelled", cwd=work)
+    assert "that pixel's own place" not in done.stdout
+    assert "Without L_U nothing" in done.stdout
 
 
 @pytest.mark.parametrize("flags", [
