@@ -16,9 +16,10 @@ Paper, code, and what we chose. [paper]: its abstract, captions and published re
 of its method section could be read; [base]: the published code of MCSC (BMVC 2023), which it
 extends; [ours]: silent there, or changed by us. The authors' repository holds a README only.
  1. Registration is done offline [paper]. How is ours: every volume to every labelled one, in the
-    box about the labelled volume's label; affine from 225 starts, then corrected: the piece of the
-    volume that it found is registered to the whole labelled volume; then each way the flow of a
-    smooth velocity, coarse to fine, on the signed square of local cross-correlation.
+    box about the labelled volume's label; affine from 225 near starts and the shift of highest
+    correlation over a longer way, then corrected: the piece of the volume that it found is
+    registered to the whole labelled volume; then each way the flow of a smooth velocity, coarse to
+    fine, on the signed square of local cross-correlation.
  2. Best registration selection (BRS) by cycle consistency [paper]; its score is the mean of
     || T_back(T_there(x)) - x || over the labelled volume's organs [ours]: over the whole box, most
     of it background, it does not rank registrations (results/cct_r.md).
@@ -87,10 +88,12 @@ import common
 from common import DataError, cosine, photometric, spatial_grid, warp
 
 METHOD = "cct_r"
-REGISTRATION_VERSION = 5            # one more for any change of code that changes a registration
-TURN = .5                           # registration: turn of the affine starts in rad
-REFINED = 4                         # affine starts that are refined
-LEVELS = ((9, 2), (15, 1))          # control points along the longest side, images made smaller by
+REGISTRATION_VERSION = 6            # one more for any change of code that changes a registration
+TURN = .5                           # registration: turn of the near affine starts in rad
+REFINED = 4                         # near starts that are refined
+FAR_SCALES = (.85, 1.)              # scales of the far starts
+# control points along the longest side, images made smaller by, least voxels along that side
+LEVELS = ((5, 4, 64), (9, 2, 0), (15, 1, 0), (25, 1, 64))
 REGISTRATION_STEPS = 40             # of Adam: of the affine maps, and of each level
 
 # ---------------------------------------------------------------------------------------- options
@@ -867,15 +870,89 @@ def affine_starts(reach, turn):
     return torch.stack(rows, 1).view(-1, 3, 4)
 
 
+def shifted_correlation(fixed, moving, least=.75):
+    """Normalised cross-correlation of two grids, one of them shifted by every number of voxels.
+
+    By FFT, over what both masks hold (Padfield, CVPR 2010); -1 where that is less than `least` of
+    the smaller mask. fixed, moving [B, 2, Z, Y, X]: image and mask, voxels of one size; either may
+    be one for all. Returns [B, Z, Y, X] of both sizes together: element k has fixed[i] beside
+    moving[i + k]; k past the middle is negative, as k - Z.
+    """
+    size = [n + m for n, m in zip(fixed.shape[2:], moving.shape[2:])]      # no shift wraps round
+
+    def moments(x):                                                # [B, 3, ...]: mask, x, x^2
+        image, mask = x.split(1, 1)
+        return torch.fft.rfftn(torch.cat([mask, image, image * image], 1), size)
+
+    f = moments(fixed).conj()
+    m = moments(moving)
+    both = torch.fft.irfftn(f[:, 0] * m[:, 0], size).clamp(min=1)  # [B, Z, Y, X]: voxels in both
+
+    def mean(a, b):                                                # of f^a m^b over these voxels
+        return torch.fft.irfftn(f[:, a] * m[:, b], size) / both
+
+    mean_f = mean(1, 0)                                            # [B, Z, Y, X]
+    mean_m = mean(0, 1)
+    var_f = (mean(2, 0) - mean_f * mean_f).clamp(min=1e-3)
+    var_m = (mean(0, 2) - mean_m * mean_m).clamp(min=1e-3)
+    cc = (mean(1, 1) - mean_f * mean_m) / (var_f * var_m).sqrt()
+    smaller = torch.minimum(fixed[:, 1].sum((1, 2, 3)), moving[:, 1].sum((1, 2, 3)))       # [B]
+    return cc.masked_fill(both < least * smaller[:, None, None, None], -1.)
+
+
+def far_reach(fixed, moving, p, step):
+    """How far from its place the box is sought by `far_starts`, [B, 3] mm.
+
+    A sixth of the box; along z also half of what one scan is longer than the other, for so far
+    apart are their middles if one ends where the other does. Arguments as of `register_affine`.
+    """
+    voxel = p[1, 1, 1] - p[0, 0, 0]                                # [3] mm
+    tall_f = fixed[:, 1].amax((2, 3)).sum(1) * voxel[0]            # [B] mm of scan along z
+    tall_m = moving[:, 1].amax((2, 3)).sum(1) * step[0]
+    longer = (tall_f - tall_m).abs()[:, None]                      # [B, 1]
+    return (p[-1, -1, -1] - p[0, 0, 0]) / 6 + longer / 2 * torch.tensor([1., 0., 0.])
+
+
+def far_starts(fixed, moving, p, step):
+    """For each of FAR_SCALES the shift that correlates best: affine maps [n, B, 3, 4].
+
+    Local correlation ranks starts well that are near, this one those that are far. Arguments as of
+    `register_affine`.
+    """
+    voxel = p[1, 1, 1] - p[0, 0, 0]                                # [3] mm
+    centre = p.mean((0, 1, 2))                                     # [3]
+    reach = far_reach(fixed, moving, p, step) + voxel / 2          # [B, 3] mm
+    maps = []
+    for scale in FAR_SCALES:
+        size = [n * mm for n, mm in zip(moving.shape[2:], step)]
+        counts = [math.ceil(s / (scale * v)) for s, v in zip(size, voxel.tolist())]
+        g = points(counts, voxel.tolist())                         # [z, y, x, 3], all of `moving`
+        seen = sample(moving, (scale * g).expand(len(moving), *g.shape), step)     # [B, 2, z, y, x]
+        cc = shifted_correlation(fixed, seen)                      # [B, Z, Y, X]
+        k = [torch.arange(n) for n in cc.shape[1:]]
+        k = [torch.where(i < n, i, i - len(i)) for i, n in zip(k, counts)]         # negative, too
+        k = torch.stack(torch.meshgrid(*k, indexing="ij"), -1)     # [Z, Y, X, 3] voxels
+        b = scale * (k * voxel + g[0, 0, 0] - p[0, 0, 0])          # [Z, Y, X, 3] mm
+        moved = (scale * centre + b - centre).abs()                # of the box's middle
+        near = (moved <= reach[:, None, None, None]).all(-1)       # [B, Z, Y, X]
+        best = cc.masked_fill(~near, -2.).flatten(1).argmax(1)     # [B]
+        b = b.flatten(0, 2)[best]                                  # [B, 3]
+        M = scale * torch.eye(3).expand(len(b), 3, 3)
+        maps.append(torch.cat([M, b[..., None]], 2))               # [B, 3, 4]
+    return torch.stack(maps)
+
+
 def register_affine(fixed, moving, p, step):
     """Affine maps [M | b] (mm) such that `moving` at M x + b looks like `fixed` at x.
 
     fixed [B, 2, Z, Y, X]: image and mask of its scan at the places p [Z, Y, X, 3]; moving likewise
-    in voxels of `step` mm; either may be one for all. Of 225 starts (turns about z, shifts of up to
-    a sixth of the box) the best four of every volume are refined. Returns ([B, 3, 4], their
-    similarity [B]).
+    in voxels of `step` mm; either may be one for all. Refined are the far starts, and of 225 near
+    ones (turns about z, shifts of up to a sixth of the box) the best four of every volume. Returns
+    ([B, 3, 4], their similarity [B]).
     """
     B = max(len(fixed), len(moving))
+    with torch.no_grad():
+        far = far_starts(fixed, moving, p, step)                   # [n, B, 3, 4]
     fixed = fixed.expand(B, *fixed.shape[1:])
     moving = moving.expand(B, *moving.shape[1:])
 
@@ -890,9 +967,11 @@ def register_affine(fixed, moving, p, step):
     with torch.no_grad():
         found = [similarity(A.expand(B, 3, 4), every) for A in starts]
     best = torch.stack(found).topk(REFINED, 0).indices             # [4, B]: numbers of starts
-    whose = every.repeat(REFINED)                                  # [4 B]: volume of each
-    A, s = refine_affine(starts[best.flatten()], partial(similarity, number=whose), step[1])
-    choice = s.view(REFINED, B).argmax(0) * B + every              # [B]: start k of b is k B + b
+    A = torch.cat([starts[best], far])                             # [n, B, 3, 4]: to be refined
+    n = len(A)
+    whose = every.repeat(n)                                        # [n B]: volume of each
+    A, s = refine_affine(A.flatten(0, 1), partial(similarity, number=whose), step[1])
+    choice = s.view(n, B).argmax(0) * B + every                    # [B]: start k of b is k B + b
     return A[choice], s[choice]
 
 
@@ -959,11 +1038,13 @@ def register_deformable(fixed, moving, weight, step, stiffness):
     """
     whole = fixed.shape[2:]
     v = torch.zeros(len(fixed), 3, 3, 3, 3)                        # [B, 3, z, y, x]: at rest
-    for across, smaller in LEVELS:
+    for across, smaller, least in LEVELS:
+        if max(whole) < least:                                     # a small box needs no more
+            continue
         places = control_points(whole, step, across)               # [z, y, x, 3]
         between = apart(whole, step, places.shape[:3])             # mm between control points
-        Z, Y, X = whole
-        shape = [Z, math.ceil(Y / smaller), math.ceil(X / smaller)]
+        thinner = max(1, int(smaller * step[1] / step[0] + 1e-6))  # thick slices stay as they are
+        shape = [math.ceil(n / k) for n, k in zip(whole, (thinner, smaller, smaller))]
         voxel = apart(whole, step, shape)                          # mm, on this level
         small = [F.interpolate(x, shape, mode="area") for x in (fixed, moving, weight)]
         f = small[0]                                               # [B, 1, *shape]
@@ -1013,12 +1094,19 @@ def cycle_error(there, back, p, step):
 
 
 class Stack:
-    """Volume n of a dataset: numbers of its slices, shape (V, S, S), voxels of `step` mm."""
+    """Volume n of a dataset: numbers of its slices, shape (V, S, S), voxels of `step` mm.
+
+    scanned: the shape without the padding of a scan that is smaller than the crop.
+    """
     def __init__(self, dataset, n):
         mm = dataset.info["target"]
+        case = dataset.info["cases"][n]
         self.numbers = np.flatnonzero(dataset.volume == n)         # [V]
-        self.shape = (len(self.numbers), *dataset.images.shape[2:])
-        self.step = (dataset.info["cases"][n]["spacing"][0], mm, mm)
+        V, S = len(self.numbers), dataset.images.shape[2]
+        rows, columns = common.resampled(case["shape"], case["spacing"], mm)
+        self.shape = (V, S, S)
+        self.scanned = (V, min(S, rows), min(S, columns))
+        self.step = (case["spacing"][0], mm, mm)
 
     def points(self):
         """The places of its voxels, [V, S, S, 3]."""
@@ -1050,7 +1138,7 @@ def on_grid(dataset, n, p):
     image = image.mean(1)[None, None]                              # [1, 1, V, S, S]
     half = F.avg_pool3d(image, (1, 2, 2))                          # [1, 1, V, S/2, S/2]
     thick, mm, _ = volume.step
-    mask = inside(p[None], volume.shape, volume.step)              # [1, 1, Z, Y, X]
+    mask = inside(p[None], volume.scanned, volume.step)            # [1, 1, Z, Y, X]
     image = sample(half, p[None], (thick, 2 * mm, 2 * mm), padding="border")
     return torch.cat([image * mask, mask], 1)
 
@@ -1182,7 +1270,7 @@ def register_all(run, volumes, labelled):
     dataset = run.dataset
     shape, step = registration_grid(run)
     data = Path(dataset.images.filename).parent.name               # the key of the prepared slices
-    how = [REGISTRATION_VERSION, TURN, REFINED, LEVELS, REGISTRATION_STEPS, o.stiffness]
+    how = [REGISTRATION_VERSION, TURN, REFINED, FAR_SCALES, LEVELS, REGISTRATION_STEPS, o.stiffness]
     made_of = json.dumps([*how, data, volumes])
     key = hashlib.sha1(made_of.encode()).hexdigest()[:16]
     folder = common.make_folder(Path(o.cache) / f"registration-{key}")

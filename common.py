@@ -225,21 +225,21 @@ def _place(x, size, value=0.):
     return x
 
 
-def _resampled(shape, spacing, target):
+def resampled(shape, spacing, target):
     """Rows and columns of a native slice once its pixels are `target` mm."""
     return [max(1, round(n * mm / target)) for n, mm in zip(shape[-2:], spacing[-2:])]
 
 
 def to_network(image, spacing, target, size):
     """Slices [V, C, H, W] of spacing (V, H, W) in mm -> [V, C, S, S] at `target` mm, centred."""
-    new = _resampled(image.shape, spacing, target)
+    new = resampled(image.shape, spacing, target)
     x = F.interpolate(image, new, mode="bilinear", antialias=True)
     return _place(x, (size, size))
 
 
 def to_native(probs, shape, spacing, target):
     """Class probabilities [V, K, S, S] -> label [V, H, W], native; outside the crop: background."""
-    new = _resampled(shape, spacing, target)
+    new = resampled(shape, spacing, target)
     background = _place(probs[:, :1], new, 1.)
     rest = _place(probs[:, 1:], new)
     placed = torch.cat([background, rest], 1)                      # [V, K, resampled rows, columns]
@@ -485,7 +485,7 @@ def _source_text(source, numbers):
     outside = []
     for n in np.unique(source.volume[numbers]):
         case = source.info["cases"][n]
-        rows, columns = _resampled(case["shape"], case["spacing"], target)
+        rows, columns = resampled(case["shape"], case["spacing"], target)
         outside.append(1 - min(size, rows) * min(size, columns) / (rows * columns))
     return (f"{len(outside)} volumes, {len(numbers)} slices; on average {np.mean(outside):.0%} of "
             f"a volume lies outside the crop of {size} x {size} pixels of {target} mm, at most "

@@ -3,6 +3,7 @@ the memory bank, what trains, what is read of held-back labels, and what the scr
 import argparse
 import copy
 import csv
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -73,6 +74,79 @@ def test_a_known_affine_is_recovered(step):
     assert similarity > .9
     assert error.abs().mean() < .5
     assert error.abs().max() < 1
+
+
+def test_shifted_correlation_equals_loops():
+    """Every shift k of a grid against another: fixed[i] beside moving[i + k], in both masks."""
+    g = torch.Generator().manual_seed(5)
+    fixed = torch.rand(1, 2, 3, 4, 5, generator=g)
+    moving = torch.rand(2, 2, 4, 3, 6, generator=g)
+    for x in (fixed, moving):
+        x[:, 1] = (x[:, 1] > .2).float()
+        x[:, 0] *= x[:, 1]
+    got = cct_r.shifted_correlation(fixed, moving, least=.3)
+    assert got.shape == (2, 7, 7, 11)
+    compared = 0
+    for b in range(2):
+        most = .3 * min(fixed[0, 1].sum(), moving[b, 1].sum()).item()
+        for k in itertools.product(range(-2, 4), range(-3, 3), range(-4, 6)):
+            a = []
+            for i in itertools.product(range(3), range(4), range(5)):
+                j = [i[axis] + k[axis] for axis in range(3)]
+                if all(0 <= j[axis] < moving.shape[2 + axis] for axis in range(3)):
+                    if fixed[0, 1][i] * moving[b, 1][tuple(j)] > 0:
+                        a.append((fixed[0, 0][i].item(), moving[b, 0][tuple(j)].item()))
+            if len(a) < most:
+                assert got[b][k] == -1                             # negative k: from the end
+                continue
+            f, m = np.array(a).T
+            if f.var() > .01 and m.var() > .01:
+                want = ((f - f.mean()) * (m - m.mean())).mean() / np.sqrt(f.var() * m.var())
+                assert got[b][k].item() == pytest.approx(want, abs=1e-3)
+                compared += 1
+    assert compared > 80
+
+
+@pytest.mark.parametrize("z", [63., -57.])
+def test_an_affine_map_far_along_z_is_found(z):
+    """The box of a short scan in a tall one, farther than the near starts reach."""
+    p = cct_r.points((12, 32, 32), STEP)                           # 72 mm along z
+    tall = cct_r.points((40, 32, 32), STEP)                        # 240 mm
+    centre = torch.tensor([z, 0, 0])
+    fixed = with_mask(scene(p + centre)[None, None])
+    moving = with_mask(torch.stack([scene(tall), scene(tall - centre)])[:, None])
+    b = torch.stack([centre, 2 * centre])                          # the second is farther yet
+    reach = cct_r.far_reach(fixed, moving, p, STEP)
+    assert torch.allclose(reach[:, 0], torch.tensor(66 / 6 + (240 - 72) / 2))
+    starts = cct_r.far_starts(fixed, moving, p, STEP)              # [2, 2, 3, 4]
+    assert torch.allclose(starts[0, 0, :, :3], .85 * torch.eye(3))
+    assert torch.equal(starts[1, 0, :, :3], torch.eye(3))
+    assert (starts[1, 0, :, 3] - b[0]).abs().max() <= 3            # half a voxel
+    assert starts[1, 1, 0, 3].abs() < 100                          # 2 z is out of reach
+    got, similarity = register_affine(fixed, moving[:1], p, STEP)
+    assert similarity > .9
+    assert (cct_r.move(got, p)[0] - p - centre).norm(dim=-1).mean() < 2
+
+
+def test_a_large_box_has_more_levels():
+    """Of less than 64 voxels along its longest side 15 control points at most, else 25."""
+    for side, count in ((63, 15), (64, 25)):
+        x = torch.rand(1, 1, side, 8, 8)
+        u = register_deformable(x, x, torch.ones_like(x), (4., 4., 4.), .3)
+        assert u.shape == (1, 3, count, 3, 3)
+
+
+def test_padding_is_no_scan():
+    """A scan of 20 x 24 pixels in a crop of 32 x 32: what lies about it is not compared."""
+    info = {"target": 2., "cases": [{"shape": [3, 10, 24], "spacing": [6., 4., 2.]}]}
+    slices = SimpleNamespace(info=info, volume=np.zeros(3, int), images=np.ones((3, 1, 32, 32)))
+    slices.image = lambda numbers, device: torch.ones(3, 1, 32, 32)
+    volume = Stack(slices, 0)
+    assert volume.shape == (3, 32, 32)
+    assert volume.scanned == (3, 20, 24)
+    mask = cct_r.on_grid(slices, 0, volume.points())[0, 1]         # [3, 32, 32]
+    assert mask[:, 6:26, 4:28].all()
+    assert mask.sum() == 3 * 20 * 24
 
 
 def test_affine_maps_one_after_another_and_back():
