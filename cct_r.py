@@ -51,8 +51,9 @@ extends; [ours]: silent there, or changed by us. The authors' repository holds a
     there the networks' answers are labels, and those of slices as they are were better [ours].
     `--base-views`: flips and rotations alone, also in the baseline [base].
  9. U-Net 16 to 256 channels, the result; Swin-UNet with patches of 4 x 4 [base]; three stages of 48
-    to 192 channels, window 6, a 3 x 3 convolution in every block, from scratch [ours]; [base]:
-    Swin-T, four stages from 96 channels, window 7, ImageNet weights, which we do not have.
+    to 192 channels (a fourth would have 3 x 3 tokens), window 6, a 3 x 3 convolution in every
+    block, from scratch [ours]; [base]: Swin-T, four stages from 96 channels, window 7, ImageNet
+    weights, which we do not have.
 10. AdamW, 40 000 steps of 2 + 2 slices at 224 x 224, rates 5e-4 (U-Net) and 1e-4, weight decay 5e-4
     [base]; 4800 steps at 96 x 96, cosine, rates 2e-3 and 5e-4, weight decay 1e-4 [ours]. The
     baseline is that of the other scripts, with 8 labelled slices a step. **Compare at equal

@@ -26,8 +26,8 @@ which only pre-training works; [PCL]: Zeng et al., MICCAI 2021, the base method;
 there, or changed by us. What was measured: results/macl.md.
  1. Z^g, the dominant branch's image-level vector: Eq. 7 takes it from the encoder; Eq. 4, Fig. 2
     and the code from the decoder's output, as we do. `--eq7` takes the other.
- 2. tau = 0.1 [paper]. The code multiplies L_g and L_d by tau / 0.07 = 1.43; we do not, so L_ER
-    weighs 1.43 times as much beside them as there [ours]; `--lambda3 0.7` has the code's weights.
+ 2. tau = 0.1 [paper]. The code multiplies L_g and L_d by tau / 0.07 = 1.43; Eqs. 9 and 10 do not,
+    nor do we, so L_ER weighs 1.43 times as much as there; `--lambda3 0.7` has the code's weights.
  3. Eq. 9 sums over the anchors i; the code averages, and so do we: the chance of L_g and L_d is
     ln(2N - 1), not 2N times that.
  4. Positives: |pos_i - pos_j| < threshold; 0.1 on CHD, 0.05 on BraTS [code], 0.35 on ACDC [PCL];
@@ -44,9 +44,10 @@ there, or changed by us. What was measured: results/macl.md.
     what our other methods have. T_var moves V1 and V2: mirrored on both axes, and with p = 0.67
     rotation 0 to 2 pi, scale 0.7 to 1.3 and elastic waves [code] (`--t-var code`); shifts of 10 %
     of half the width, 0.5 rad, e^+-0.25, no mirror, not elastic [ours].
- 7. down is bilinear [code], without align_corners (code: with) [ours]. To a quarter of the size it
-    reads the middle 2 x 2 of every 4 x 4 pixels: so L_ER never sees the outermost ring of Y~. Every
-    view has a pass of its own, and so batch statistics of its own [code].
+ 7. down is bilinear [code], without align_corners [ours]: it reads the middle 2 x 2 of every 4 x 4
+    pixels, and so L_ER never sees the outermost ring of Y~. With it [code] the 2 x 2 from 8 x 8 here
+    would be the four corners alone. Every view has a pass, and so batch statistics, of its own
+    [code].
  8. 96 / 4 = 24 pixels cannot be halved four times: we pre-train on a larger crop of the same pixel
     size, 128 x 128, where the dominant branch has maps of 32 to 2 pixels, and fine-tune on 96 x 96
     like the other methods [ours]. Beyond the scan it is black: where 96 x 96 already hold all of a

@@ -106,7 +106,7 @@ OPTIONS = [
     ("probe_steps", 300, 120, None, "steps of the 1x1 head (code: 200 epochs)"),
     ("probe_lr", 3e-2, None, 7.6e-3, "of the head on a frozen backbone, AdamW, cosine to 0"),
     ("steps", 4800, 240, None, "steps of fine-tuning, also from scratch (code: 200 epochs)"),
-    ("batch", 8, None, None, "labelled slices a step (data.yaml: 16)"),
+    ("batch", 8, None, 16, "labelled slices a step"),
     ("lr", 2e-3, None, None, "of the whole network from scratch, AdamW, cosine to 0"),
     ("pretrained_lr", 1e-3, None, 5e-5, "of a pre-trained backbone"),
     ("head_lr", 5e-3, 2e-3, 1e-2, "of the head on it"),
@@ -115,8 +115,8 @@ OPTIONS = [
     ("teacher_alpha", .99, None, None, "decay of the teacher"),
     ("teacher_weight", 5., None, None, "of the consistency, after its ramp"),
 ]
-PAPER_ALSO = ("constant Adam, soft Dice alone, a double convolution to 1024 channels, batches of "
-              "16 in fine-tuning, the best checkpoint on held-out slices")
+PAPER_ALSO = ("constant Adam, soft Dice alone, a double convolution to 1024 channels, the best "
+              "checkpoint on held-out slices")
 
 # The rows without pre-training, and the options they depend on: what --scratch can read.
 BASELINES = {

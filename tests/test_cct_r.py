@@ -1238,6 +1238,12 @@ def test_peek_by_hand(setting, registered):
     assert students.training
 
 
+def test_the_bases_configuration():
+    o = common.parse_options("cct_r", "", cct_r.OPTIONS, ["--data", "x", "--paper"])
+    assert (o.size, o.spacing, o.window, o.swin_dim) == (224, 1.5, 7, 96)
+    assert (o.labelled_batch, o.unlabelled_batch, o.steps, o.weight_decay) == (2, 2, 40000, 5e-4)
+
+
 # ------------------------------------------------------------------------------------- the script
 
 

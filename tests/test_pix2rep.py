@@ -644,6 +644,7 @@ def test_the_papers_configuration():
     o = paper_options()
     got = (o.width, o.depth, o.dim, o.projection, o.size, o.pixels, o.temperature, o.pretrained_lr)
     assert got == (64, 5, 1024, 256, 128, 1000, .53, 5e-5)
+    assert (o.batch, o.pretrain_batch) == (16, 8)
     assert paper_options("--temperature", ".1").temperature == .1  # what is typed wins
     f = pix2rep.Backbone(1, 4, o.depth, 32).eval()
     assert f(torch.rand(1, 1, 64, 64)).shape == (1, 32, 64, 64)
@@ -791,9 +792,19 @@ def test_init_skips_pretraining(finished, phantom):
         assert same_weights(trained(work / "init", method), trained(out, method))
 
 
+def test_each_view_has_batch_statistics_of_its_own(begun):
+    f = pix2rep.load_backbone(begun())
+    x, y = torch.rand(2, 3, 1, 32, 32)
+    own, _ = pix2rep.two_maps(f, x, y, False)
+    beside, _ = pix2rep.two_maps(f, x, 5 * y, False)
+    assert torch.equal(own, beside)
+    shared, _ = pix2rep.two_maps(f, x, 5 * y, True)
+    assert not torch.allclose(own, shared)
+
+
 @pytest.mark.parametrize("flags", [
     ["--loss", "barlow", "--precision", "bfloat16"],
-    ["--depth", 3, "--inversion", .5, "--crop", .33, .95],
+    ["--depth", 3, "--inversion", .5, "--crop", .33, .95, "--one-pass"],
 ])
 def test_options(flags, finished, phantom):
     _, work, _ = finished("pix2rep")
