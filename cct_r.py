@@ -16,10 +16,10 @@ Paper, code, and what we chose. [paper]: its abstract, captions and published re
 of its method section could be read; [base]: the published code of MCSC (BMVC 2023), which it
 extends; [ours]: silent there, or changed by us. The authors' repository holds a README only.
  1. Registration is done offline [paper]. How is ours: every volume to every labelled one, in the
-    box about the labelled volume's label; affine from 225 near starts and the shift of highest
-    correlation over a longer way, then corrected: the piece of the volume that it found is
-    registered to the whole labelled volume; then each way the flow of a smooth velocity, coarse to
-    fine, on the signed square of local cross-correlation.
+    box about the labelled volume's label; affine from 225 near starts and, at each of two scales,
+    the shift of highest correlation over a longer way; then corrected: the piece of the volume
+    that it found is registered to the whole labelled volume; then each way the flow of a smooth
+    velocity, coarse to fine, on the signed square of local cross-correlation.
  2. Best registration selection (BRS) by cycle consistency [paper]; its score is the mean of
     || T_back(T_there(x)) - x || over the labelled volume's organs [ours]: over the whole box, most
     of it background, it does not rank registrations (results/cct_r.md).
@@ -92,8 +92,8 @@ METHOD = "cct_r"
 REGISTRATION_VERSION = 6            # one more for any change of code that changes a registration
 TURN = .5                           # registration: turn of the near affine starts in rad
 REFINED = 4                         # near starts that are refined
-FAR_SCALES = (.85, 1.)              # scales of the far starts
-# control points along the longest side, images made smaller by, least voxels along that side
+FAR_SCALES = (.85, 1.)              # of the far starts: chosen on a large labelled CT
+# control points along the longest side, images made smaller by, for boxes of so many voxels
 LEVELS = ((5, 4, 64), (9, 2, 0), (15, 1, 0), (25, 1, 64))
 REGISTRATION_STEPS = 40             # of Adam: of the affine maps, and of each level
 
@@ -876,8 +876,8 @@ def shifted_correlation(fixed, moving, least=.75):
 
     By FFT, over what both masks hold (Padfield, CVPR 2010); -1 where that is less than `least` of
     the smaller mask. fixed, moving [B, 2, Z, Y, X]: image and mask, voxels of one size; either may
-    be one for all. Returns [B, Z, Y, X] of both sizes together: element k has fixed[i] beside
-    moving[i + k]; k past the middle is negative, as k - Z.
+    be one for all. Returns [B, *size], size that of both together: element k has fixed[i] beside
+    moving[i + k]; from the size of `moving` on k stands for k - size, which is negative.
     """
     size = [n + m for n, m in zip(fixed.shape[2:], moving.shape[2:])]      # no shift wraps round
 
@@ -885,14 +885,14 @@ def shifted_correlation(fixed, moving, least=.75):
         image, mask = x.split(1, 1)
         return torch.fft.rfftn(torch.cat([mask, image, image * image], 1), size)
 
-    f = moments(fixed).conj()
+    f = moments(fixed).conj()                                      # [B, 3, ...], complex
     m = moments(moving)
-    both = torch.fft.irfftn(f[:, 0] * m[:, 0], size).clamp(min=1)  # [B, Z, Y, X]: voxels in both
+    both = torch.fft.irfftn(f[:, 0] * m[:, 0], size).clamp(min=1)  # [B, *size]: voxels in both
 
     def mean(a, b):                                                # of f^a m^b over these voxels
         return torch.fft.irfftn(f[:, a] * m[:, b], size) / both
 
-    mean_f = mean(1, 0)                                            # [B, Z, Y, X]
+    mean_f = mean(1, 0)                                            # [B, *size]
     mean_m = mean(0, 1)
     var_f = (mean(2, 0) - mean_f * mean_f).clamp(min=1e-3)
     var_m = (mean(0, 2) - mean_m * mean_m).clamp(min=1e-3)
@@ -904,8 +904,8 @@ def shifted_correlation(fixed, moving, least=.75):
 def far_reach(fixed, moving, p, step):
     """How far from its place the box is sought by `far_starts`, [B, 3] mm.
 
-    A sixth of the box; along z also half of what one scan is longer than the other, for so far
-    apart are their middles if one ends where the other does. Arguments as of `register_affine`.
+    A sixth of the box; along z also half of what the other scan is taller than the scanned part of
+    the box, which may lie anywhere in it. Arguments as of `register_affine`.
     """
     voxel = p[1, 1, 1] - p[0, 0, 0]                                # [3] mm
     tall_f = fixed[:, 1].amax((2, 3)).sum(1) * voxel[0]            # [B] mm of scan along z
@@ -915,27 +915,29 @@ def far_reach(fixed, moving, p, step):
 
 
 def far_starts(fixed, moving, p, step):
-    """For each of FAR_SCALES the shift that correlates best: affine maps [n, B, 3, 4].
+    """For each of the n FAR_SCALES the shift that correlates best: affine maps [n, B, 3, 4].
 
     Local correlation ranks starts well that are near, this one those that are far. Arguments as of
     `register_affine`.
     """
     voxel = p[1, 1, 1] - p[0, 0, 0]                                # [3] mm
     centre = p.mean((0, 1, 2))                                     # [3]
-    reach = far_reach(fixed, moving, p, step) + voxel / 2          # [B, 3] mm
+    reach = far_reach(fixed, moving, p, step) + voxel / 2          # [B, 3] mm: one shift at least
     maps = []
     for scale in FAR_SCALES:
-        size = [n * mm for n, mm in zip(moving.shape[2:], step)]
-        counts = [math.ceil(s / (scale * v)) for s, v in zip(size, voxel.tolist())]
-        g = points(counts, voxel.tolist())                         # [z, y, x, 3], all of `moving`
-        seen = sample(moving, (scale * g).expand(len(moving), *g.shape), step)     # [B, 2, z, y, x]
-        cc = shifted_correlation(fixed, seen)                      # [B, Z, Y, X]
-        k = [torch.arange(n) for n in cc.shape[1:]]
+        # `moving` made larger: voxel j of `seen` is what lies at scale (g_0 + j voxel)
+        sides = [n * mm for n, mm in zip(moving.shape[2:], step)]
+        counts = [math.ceil(s / (scale * v)) for s, v in zip(sides, voxel.tolist())]
+        g = points(counts, voxel.tolist())                         # [Z, Y, X, 3] mm
+        seen = sample(moving, (scale * g).expand(len(moving), *g.shape), step)     # [B, 2, Z, Y, X]
+        cc = shifted_correlation(fixed, seen)                      # [B, *size]
+        k = [torch.arange(n) for n in cc.shape[1:]]                # each [size]
         k = [torch.where(i < n, i, i - len(i)) for i, n in zip(k, counts)]         # negative, too
-        k = torch.stack(torch.meshgrid(*k, indexing="ij"), -1)     # [Z, Y, X, 3] voxels
-        b = scale * (k * voxel + g[0, 0, 0] - p[0, 0, 0])          # [Z, Y, X, 3] mm
-        moved = (scale * centre + b - centre).abs()                # of the box's middle
-        near = (moved <= reach[:, None, None, None]).all(-1)       # [B, Z, Y, X]
+        k = torch.stack(torch.meshgrid(*k, indexing="ij"), -1)     # [*size, 3] voxels
+        # voxel i of the box lies at x = p_0 + i voxel and belongs to j = i + k, at scale x + b
+        b = scale * (k * voxel + g[0, 0, 0] - p[0, 0, 0])          # [*size, 3] mm
+        moved = (scale * centre + b - centre).abs()                # how far the box's middle moves
+        near = (moved <= reach[:, None, None, None]).all(-1)       # [B, *size]
         best = cc.masked_fill(~near, -2.).flatten(1).argmax(1)     # [B]
         b = b.flatten(0, 2)[best]                                  # [B, 3]
         M = scale * torch.eye(3).expand(len(b), 3, 3)
@@ -953,7 +955,7 @@ def register_affine(fixed, moving, p, step):
     """
     B = max(len(fixed), len(moving))
     with torch.no_grad():
-        far = far_starts(fixed, moving, p, step)                   # [n, B, 3, 4]
+        far = far_starts(fixed, moving, p, step)                   # [2, B, 3, 4]
     fixed = fixed.expand(B, *fixed.shape[1:])
     moving = moving.expand(B, *moving.shape[1:])
 
@@ -968,7 +970,7 @@ def register_affine(fixed, moving, p, step):
     with torch.no_grad():
         found = [similarity(A.expand(B, 3, 4), every) for A in starts]
     best = torch.stack(found).topk(REFINED, 0).indices             # [4, B]: numbers of starts
-    A = torch.cat([starts[best], far])                             # [n, B, 3, 4]: to be refined
+    A = torch.cat([starts[best], far])                             # [n = 6, B, 3, 4]: to be refined
     n = len(A)
     whose = every.repeat(n)                                        # [n B]: volume of each
     A, s = refine_affine(A.flatten(0, 1), partial(similarity, number=whose), step[1])
@@ -1044,8 +1046,9 @@ def register_deformable(fixed, moving, weight, step, stiffness):
             continue
         places = control_points(whole, step, across)               # [z, y, x, 3]
         between = apart(whole, step, places.shape[:3])             # mm between control points
-        thinner = max(1, int(smaller * step[1] / step[0] + 1e-6))  # thick slices stay as they are
-        shape = [math.ceil(n / k) for n, k in zip(whole, (thinner, smaller, smaller))]
+        # so many slices become one that it is not thicker than a pixel is wide
+        merged = max(1, int(smaller * step[1] / step[0] + 1e-6))
+        shape = [math.ceil(n / k) for n, k in zip(whole, (merged, smaller, smaller))]
         voxel = apart(whole, step, shape)                          # mm, on this level
         small = [F.interpolate(x, shape, mode="area") for x in (fixed, moving, weight)]
         f = small[0]                                               # [B, 1, *shape]

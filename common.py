@@ -804,7 +804,7 @@ def load_start(o, unet):
     print(f"{path}: {start['method']} gives {len(taken)} tensors ({', '.join(start['parts'])}); "
           f"{len(fresh)} start fresh ({', '.join(layers)})")
     made = start["options"]
-    if made.get("cases", o.cases) != o.cases or made.get("pretrain_data"):
+    if made.get("cases") != o.cases:
         print(f"{path}: pre-trained on other scans or another split; whether patients scored here "
               "were among them is not checked (--pretrain-data does)")
     return start

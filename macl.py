@@ -45,9 +45,9 @@ there, or changed by us. What was measured: results/macl.md.
     rotation 0 to 2 pi, scale 0.7 to 1.3 and elastic waves [code] (`--t-var code`); shifts of 10 %
     of half the width, 0.5 rad, e^+-0.25, no mirror, not elastic [ours].
  7. down is bilinear [code], without align_corners [ours]: it reads the middle 2 x 2 of every 4 x 4
-    pixels, and so L_ER never sees the outermost ring of Y~. With it [code] the 2 x 2 from 8 x 8 here
-    would be the four corners alone. Every view has a pass, and so batch statistics, of its own
-    [code].
+    pixels, and so L_ER never sees the outermost ring of Y~. With it [code] the 2 x 2 that we make
+    from 8 x 8 would be the four corners alone. Every view has a pass, and so batch statistics, of
+    its own [code].
  8. 96 / 4 = 24 pixels cannot be halved four times: we pre-train on a larger crop of the same pixel
     size, 128 x 128, where the dominant branch has maps of 32 to 2 pixels, and fine-tune on 96 x 96
     like the other methods [ours]. Beyond the scan it is black: where 96 x 96 already hold all of a

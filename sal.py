@@ -35,7 +35,8 @@ published no code. The paper has three numbered equations, which could not be re
  4. GP: the paper's equation could not be read, so it is PCL's loss, z = pool, linear, ReLU, linear,
     tau = 0.1, t = 0.35 on ACDC and 0.1 on CT [PCL], for us on all sets but ACDC [ours]. PCL's
     factor tau / 0.07 is left out; LA takes the same t, as its own is not known [ours]:
-    `--threshold`, `--threshold-la`. With `--data` each of several sets keeps its own t [ours].
+    `--threshold`, `--threshold-la`. With `--data`, each set of `--pretrain-data` has its own t,
+    unless one is typed [ours].
  5. Total: L_GP + lambda L_WLA, lambda = 1, and our L_U beside them [ours].
  6. LA has no repulsion and is 0 when all features are equal; L_U repels pixels of different places,
     and those of one place in different volumes. Without it LA collapses (results/sal.md). The log
@@ -296,8 +297,9 @@ def pair_kinds(volume, slice_number, depth, threshold):
 
     1 two views of one slice; 2 two close slices of one volume; 3 a like position in different
     volumes; 4 far apart. GP attracts kinds 1, 2, 3 and repels all; LA takes each view and its
-    partner, a pair of kind 1 or 2 if its t is not larger. volume, slice_number, depth (= V): [n]
-    each; threshold: of GP. Of one set. For reading and tests: training does not call it.
+    partner, a pair of kind 1 or 2 if LA's t is not larger than GP's. All views are of one set;
+    volume, slice_number, depth (= V): [n] each; threshold: of GP. For reading and tests: training
+    does not call it.
     """
     volume = torch.as_tensor(np.asarray(volume))
     i = torch.as_tensor(np.asarray(slice_number))
@@ -374,7 +376,7 @@ def note_lonely(pool, t):
     lonely = ((t + common.TIE) * V <= 1)[pool.numbers].mean()      # the share of them
     if lonely > .2:
         print(f"t of LA: {lonely:.0%} of the slices have no other slice as near, as |i-j| / V < t "
-              "leaves j = i alone; try --threshold-la .35")
+              "leaves j = i alone; a larger --threshold-la, as .35, gives them one")
 
 
 def pair_batch(run, pool):

@@ -123,6 +123,12 @@ def test_an_affine_map_far_along_z_is_found(z):
     assert torch.equal(starts[1, 0, :, :3], torch.eye(3))
     assert (starts[1, 0, :, 3] - b[0]).abs().max() <= 3            # half a voxel
     assert starts[1, 1, 0, 3].abs() < 100                          # 2 z is out of reach
+    off = torch.tensor([12., 0, 0])                                # the same box elsewhere
+    again = cct_r.far_starts(fixed, moving[:1], p + off, STEP)
+    assert torch.allclose(again[1, 0, :, 3], starts[1, 0, :, 3] - off, atol=1e-3)
+    large = with_mask(scene(.85 * p + centre)[None, None])         # what is fixed, larger
+    scaled = cct_r.far_starts(large, moving[:1], p, STEP)
+    assert (scaled[0, 0, :, 3] - centre).abs().max() <= 3
     got, similarity = register_affine(fixed, moving[:1], p, STEP)
     assert similarity > .9
     assert (cct_r.move(got, p)[0] - p - centre).norm(dim=-1).mean() < 2
