@@ -93,7 +93,7 @@ REGISTRATION_VERSION = 6            # one more for any change of code that chang
 TURN = .5                           # registration: turn of the near affine starts in rad
 REFINED = 4                         # near starts that are refined
 FAR_SCALES = (.85, 1.)              # of the far starts: chosen on a large labelled CT
-# control points along the longest side, images made smaller by, for boxes of so many voxels
+# control points along the longest side, images made smaller by, least voxels along a side
 LEVELS = ((5, 4, 64), (9, 2, 0), (15, 1, 0), (25, 1, 64))
 REGISTRATION_STEPS = 40             # of Adam: of the affine maps, and of each level
 
@@ -911,7 +911,8 @@ def far_reach(fixed, moving, p, step):
     tall_f = fixed[:, 1].amax((2, 3)).sum(1) * voxel[0]            # [B] mm of scan along z
     tall_m = moving[:, 1].amax((2, 3)).sum(1) * step[0]
     longer = (tall_f - tall_m).abs()[:, None]                      # [B, 1]
-    return (p[-1, -1, -1] - p[0, 0, 0]) / 6 + longer / 2 * torch.tensor([1., 0., 0.])
+    side = p[-1, -1, -1] - p[0, 0, 0]                              # [3] mm
+    return side / 6 + longer / 2 * torch.tensor([1., 0., 0.])      # [B, 3]
 
 
 def far_starts(fixed, moving, p, step):
@@ -964,7 +965,7 @@ def register_affine(fixed, moving, p, step):
         m, w_m = sample(moving[number], move(A, p), step).split(1, 1)
         return local_correlation(f, m, w_f * w_m)
 
-    side = p.amax((0, 1, 2)) - p.amin((0, 1, 2))                   # [3] mm
+    side = p[-1, -1, -1] - p[0, 0, 0]                              # [3] mm
     starts = affine_starts(side / 6, TURN)                         # [225, 3, 4]
     every = torch.arange(B)
     with torch.no_grad():
@@ -1106,7 +1107,8 @@ class Stack:
         mm = dataset.info["target"]
         case = dataset.info["cases"][n]
         self.numbers = np.flatnonzero(dataset.volume == n)         # [V]
-        V, S = len(self.numbers), dataset.images.shape[2]
+        V = len(self.numbers)
+        S = dataset.images.shape[2]
         rows, columns = common.resampled(case["shape"], case["spacing"], mm)
         self.shape = (V, S, S)
         self.scanned = (V, min(S, rows), min(S, columns))

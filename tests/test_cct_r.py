@@ -88,7 +88,7 @@ def test_shifted_correlation_equals_loops():
     assert got.shape == (2, 7, 7, 11)
     compared = 0
     for b in range(2):
-        most = .3 * min(fixed[0, 1].sum(), moving[b, 1].sum()).item()
+        least = .3 * min(fixed[0, 1].sum(), moving[b, 1].sum()).item()
         for k in itertools.product(range(-2, 4), range(-3, 3), range(-4, 6)):
             a = []
             for i in itertools.product(range(3), range(4), range(5)):
@@ -96,7 +96,7 @@ def test_shifted_correlation_equals_loops():
                 if all(0 <= j[axis] < moving.shape[2 + axis] for axis in range(3)):
                     if fixed[0, 1][i] * moving[b, 1][tuple(j)] > 0:
                         a.append((fixed[0, 0][i].item(), moving[b, 0][tuple(j)].item()))
-            if len(a) < most:
+            if len(a) < least:
                 assert got[b][k] == -1                             # negative k: from the end
                 continue
             f, m = np.array(a).T
@@ -114,14 +114,13 @@ def test_an_affine_map_far_along_z_is_found(z):
     tall = cct_r.points((40, 32, 32), STEP)                        # 240 mm
     centre = torch.tensor([z, 0, 0])
     fixed = with_mask(scene(p + centre)[None, None])
-    moving = with_mask(torch.stack([scene(tall), scene(tall - centre)])[:, None])
-    b = torch.stack([centre, 2 * centre])                          # the second is farther yet
+    moving = with_mask(torch.stack([scene(tall), scene(tall - centre)])[:, None])      # 2: farther
     reach = cct_r.far_reach(fixed, moving, p, STEP)
     assert torch.allclose(reach[:, 0], torch.tensor(66 / 6 + (240 - 72) / 2))
     starts = cct_r.far_starts(fixed, moving, p, STEP)              # [2, 2, 3, 4]
     assert torch.allclose(starts[0, 0, :, :3], .85 * torch.eye(3))
     assert torch.equal(starts[1, 0, :, :3], torch.eye(3))
-    assert (starts[1, 0, :, 3] - b[0]).abs().max() <= 3            # half a voxel
+    assert (starts[1, 0, :, 3] - centre).abs().max() <= 3          # half a voxel
     assert starts[1, 1, 0, 3].abs() < 100                          # 2 z is out of reach
     off = torch.tensor([12., 0, 0])                                # the same box elsewhere
     again = cct_r.far_starts(fixed, moving[:1], p + off, STEP)

@@ -159,7 +159,7 @@ def rows_of(folder):
 def test_a_whole_run_on_the_pretend_gpu(script, phantom, tmp_path, monkeypatch):
     """Pre-train, register, fine-tune, score, draw, predict: the CPU's numbers to the last digit."""
     module = importlib.import_module(script)
-    monkeypatch.setattr(cct_r, "REGISTRATION_STEPS", 8)            # spares half a minute
+    monkeypatch.setattr(cct_r, "REGISTRATION_STEPS", 8)            # spares some seconds
     image = str(next(phantom.glob("imagesTr/*.nii.gz")))
     words = ["--data", str(phantom), *options(script), "--cache", str(tmp_path / "cache")]
     words += ["--steps", "6"]
