@@ -162,3 +162,11 @@ def finished(phantom, tmp_path_factory):
             made[script] = done.stdout
         return work / script, work, made[script]
     return of
+
+
+def written(file):
+    """Time of change of a file that another process may write, rename or remove; None: no file."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

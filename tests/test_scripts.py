@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (SCRIPTS, SHARED, command, options, refused, run, run_here, save, started,
-                      volume)
+                      volume, written)
 
 import common
 import data
@@ -357,11 +357,11 @@ def test_kill_and_resume(script, finished, phantom):
     first = "options.json" if script == "cct_r" else "pretraining.pt"
     for target in [first, f"finetuning_{script}_n1_s1.pt", None]:  # the latter after whole rows
         resume = ["--resume"] if killed.exists() else []
-        before = written(killed)
+        before = target and written(killed / target)
         process = subprocess.Popen(command(script, *words, *resume), cwd=work,
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while target and process.poll() is None:
-            if written(killed).get(target) != before.get(target):
+            if written(killed / target) != before:
                 process.send_signal(signal.SIGKILL)
                 deaths += 1
                 break
@@ -371,11 +371,6 @@ def test_kill_and_resume(script, finished, phantom):
     assert deaths >= 2
     assert process.returncode == 0
     assert (killed / "per_volume.csv").read_text() == (out / "per_volume.csv").read_text()
-
-
-def written(folder):
-    """{name: time of change} of the files of a folder."""
-    return {f.name: f.stat().st_mtime_ns for f in folder.glob("*") if f.is_file()}
 
 
 def test_a_resumed_run_may_have_more_rows(finished, phantom):

@@ -5,7 +5,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import command, options, refused, run
+from conftest import command, options, refused, run, written
 
 import common
 import sal
@@ -40,10 +40,14 @@ def test_workers_killed_and_resumed(finished, phantom):
         time.sleep(.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(3)                                                  # a step is enough for a worker
-    before = {f.name: f.stat().st_mtime_ns for f in killed.glob("*.pt")}
-    time.sleep(1)
-    assert {f.name: f.stat().st_mtime_ns for f in killed.glob("*.pt")} == before
+    before, still = None, 0                                        # quarters of a second in a row
+    for _ in range(240):
+        now = {f.name: written(f) for f in killed.glob("*.pt")}
+        before, still = now, still + 1 if now == before else 0
+        if still == 12:                                            # a step is enough for a worker
+            break
+        time.sleep(.25)
+    assert still == 12
     assert len(list(killed.glob("*_n?_s?.pt"))) < 8
     done = run("sal", *words, "--workers", 2, "--resume", cwd=work)
     assert done.returncode == 0, done.stderr
