@@ -3,20 +3,27 @@
     python results/tables.py RUN [RUN ...]   print these runs as one table, and draw tables.png
     python results/tables.py                 write the tables of the pages and the README anew
     python results/tables.py --check         exit code 1 where a page differs from its runs
+    python results/tables.py --pair RUN METHOD RUN METHOD    one row's gain over another's
     python results/tables.py --keep RUN ...  copy what a table needs of these runs to results/runs/
 
 On a page a table stands between one of these lines and `<!-- end -->`:
 
     <!-- runs: NAME NAME ... -->                        every row of these runs, with gains
     <!-- dice 1 3 7: TITLE = NAME METHOD; ... -->       mean Dice against labelled patients
+    <!-- pairs 1 3 7: TITLE = NAME METHOD - NAME METHOD; ... -->   one row's gain over another's
+    <!-- needs 1 3 7: TITLE = NAME METHOD; ... - NAME NAME -->  patients that scratch needs for it
     <!-- commands: NAME NAME ... -->                    how these runs were made
 
 NAME is a folder of results/runs/. A cell that no run backs says "not run". Needs no torch.
 
-Gain: over the row "scratch" of the same run, in Dice points, of every seed; and its mean with a
-paired interval over patients: the Dice of a patient's class is averaged over volumes and seeds,
-patients are drawn anew, the same for both rows, 10 000 times (seeded; 2.5 % and 97.5 %), and each
-row's mean is over the drawn patients who have the class, then over classes.
+Gain: over the row "scratch" of the same run, or over the other row of a pair, in Dice points, of
+every seed that both have; and its mean with a paired interval over patients: the Dice of a
+patient's class is averaged over volumes and seeds, patients are drawn anew, the same for both rows,
+10 000 times (seeded; 2.5 % and 97.5 %), and each row's mean is over the drawn patients who have the
+class, then over classes.
+
+What scratch needs: the number of labelled patients at which the line through its mean Dice, drawn
+over the logarithm of that number, reaches the row's Dice; the runs after the dash hold its rows.
 """
 import csv
 import json
@@ -27,7 +34,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-MARKED = r"(<!-- (runs|dice|commands)([^:>]*): ([^>]*?) -->\n).*?(<!-- end -->)"
+MARKED = r"(<!-- (runs|dice|pairs|needs|commands)([^:>]*): ([^>]*?) -->\n).*?(<!-- end -->)"
 TABLE = re.compile(MARKED, re.DOTALL)
 KEPT = ["options.json", "metrics.json", "per_volume.csv", "run.txt"]
 
@@ -90,14 +97,13 @@ def mean_dice(dice):
     return of_class.sum(-1) / there.any(-2).sum(-1).clip(1)
 
 
-def interval(run, method, labelled):
-    """(lowest, highest) gain over scratch in Dice points, 95 %, patients drawn anew.
+def interval(ours, base):
+    """(lowest, highest) gain in Dice points of one row's `scores` over another's: 95 %.
 
-    Of the seeds that both have.
+    Patients are drawn anew; of the seeds that both have.
     """
-    rows = [scores(run, m, labelled) for m in (method, "scratch")]
-    seeds = {key[3] for key in rows[0]} & {key[3] for key in rows[1]}
-    rows = [by_patient(dice, seeds) for dice in rows]
+    seeds = {key[3] for key in ours} & {key[3] for key in base}
+    rows = [by_patient(dice, seeds) for dice in (ours, base)]
     patients = sorted({patient for row in rows for patient, _ in row})
     classes = sorted({name for row in rows for _, name in row})
     draws = np.random.default_rng(0).integers(0, len(patients), (10_000, len(patients)))
@@ -130,7 +136,7 @@ def table(runs):
             cells = [str(row["labelled"]), row["method"], number(row["mean_dice"], ".3f"),
                      number(row["hd95_mm"], ".1f"), f"{row['missed']} of {row['n_scores']}", "", ""]
             if key in gains:
-                low, high = interval(run, *key)
+                low, high = interval(scores(run, *key), scores(run, "scratch", key[1]))
                 cells[-2] = ", ".join(f"{100 * g:+.1f}" for g in gains[key]["per_seed"])
                 cells[-1] = f"{100 * gains[key]['gain']:+.1f} [{low:+.1f}, {high:+.1f}]"
             if tuple(cells) not in seen:
@@ -148,33 +154,93 @@ def summary_row(run, method, labelled):
 
 
 def dice_cell(run, method, labelled):
-    """Mean Dice, ± over seeds; a single seed is marked; "not run" without run (None) or row."""
-    if run is None:
-        return "not run"
+    """Mean Dice, ± over seeds; a single seed is marked; "not run" without such a row."""
     row = summary_row(run, method, labelled)
     if row is None:
         return "not run"
     return number(row["mean_dice"], ".3f") + " (1 seed)" * (row["n"] == 1)
 
 
-def dice_table(labelled, lines):
-    """Mean Dice of "TITLE = NAME METHOD; ..." against the numbers of labelled patients."""
+def kept_run(name):
+    """A run of results/runs/, or None."""
+    folder = HERE / "runs" / name
+    return read_run(folder) if folder.is_dir() else None
+
+
+def against_labelled(labelled, lines, sources, cell):
+    """A table of "TITLE = NAME METHOD; ..." against the numbers of labelled patients.
+
+    sources: 2 where a line names two rows, "NAME METHOD - NAME METHOD". A cell is
+    cell(run, method, [run, method,] number of patients), or "not run" where a run is not kept.
+    """
     heads = ["", *map(str, labelled)]
     rows = ["| " + " | ".join(heads).lstrip() + " |", "| --- " * len(heads) + "|"]
     runs = []
     for line in lines.split(";"):
-        title, source = line.split("=")
-        name, method = source.split(maxsplit=1)
-        folder = HERE / "runs" / name
-        run = None
-        if folder.is_dir():
-            run = read_run(folder)
-            runs.append(run)
-        cells = [dice_cell(run, method.strip(), n) for n in labelled]
+        title, right = line.split("=")
+        words = []
+        for source in right.split(" - ", sources - 1):
+            name, method = source.split(maxsplit=1)
+            words += [kept_run(name), method.strip()]
+        runs += [run for run in words[::2] if run]
+        there = all(words[::2])
+        cells = [cell(*words, n) if there else "not run" for n in labelled]
         rows.append("| " + " | ".join([title.strip(), *cells]) + " |")
     if runs:
         comparable(runs)
     return "\n".join(rows) + "\n"
+
+
+def dice_by_seed(run, method, labelled):
+    """{seed: mean Dice} of this method and number of patients."""
+    return {row["seed"]: row["mean_dice"] for row in run["metrics"]["rows"]
+            if (row["method"], row["labelled"]) == (method, labelled)}
+
+
+def pair_cell(ours, method, base, base_method, labelled):
+    """Gain of a row over another's, its interval, and that of every seed that both have."""
+    a = dice_by_seed(ours, method, labelled)
+    b = dice_by_seed(base, base_method, labelled)
+    gains = [100 * (a[seed] - b[seed]) for seed in sorted(a.keys() & b.keys())]
+    if not gains:
+        return "not run"
+    low, high = interval(scores(ours, method, labelled), scores(base, base_method, labelled))
+    by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
+    return f"{np.mean(gains):+.1f} [{low:+.1f}, {high:+.1f}] ({by_seed})"
+
+
+def patients_needed(dice, curve):
+    """Where the line through {patients: Dice}, over log patients, reaches `dice`; a text."""
+    numbers = sorted(curve)
+    if dice <= curve[numbers[0]]:
+        return f"{numbers[0]} or fewer"
+    for low, high in zip(numbers, numbers[1:]):
+        if curve[low] < dice <= curve[high]:
+            share = (dice - curve[low]) / (curve[high] - curve[low])
+            return f"{low * (high / low) ** share:.1f}"
+    return f"more than {numbers[-1]}"
+
+
+def needs_table(labelled, content):
+    """How many labelled patients scratch needs for the mean Dice of "TITLE = NAME METHOD; ...".
+
+    After " - " the runs whose scratch rows are the curve; the first that has a number counts.
+    """
+    lines, names = content.rsplit(" - ", 1)
+    baselines = [run for run in map(kept_run, names.split()) if run]
+    curve = {}
+    for run in baselines:
+        for row in run["metrics"]["summary"]:
+            if row["method"] == "scratch":
+                curve.setdefault(row["labelled"], row["mean_dice"]["mean"])
+
+    def cell(run, method, n):
+        row = summary_row(run, method, n)
+        if row is None or not curve:
+            return "not run"
+        comparable([run, *baselines])
+        return patients_needed(row["mean_dice"]["mean"], curve)
+    return against_labelled(labelled, lines, 1, cell)
 
 
 def commands(names):
@@ -286,6 +352,17 @@ def keep(folder):
         (kept / name).write_text(text)
 
 
+def print_pair(*words):
+    """One row's gain over another's, for every number of labelled patients that both have."""
+    if len(words) != 4:
+        raise RunError("--pair needs RUN METHOD RUN METHOD")
+    ours, method, base, base_method = words
+    ours, base = read_run(Path(ours)), read_run(Path(base))
+    comparable([ours, base])
+    for labelled in sorted({row["labelled"] for row in ours["metrics"]["summary"]}):
+        print(f"{labelled} labelled: {pair_cell(ours, method, base, base_method, labelled)}")
+
+
 def pages():
     """The README and the pages of results/."""
     return [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]
@@ -295,8 +372,13 @@ def rewritten(page):
     """The text of a page with its tables made from results/runs/."""
     def fresh(found):
         start, kind, numbers, content, end = found.groups()
+        labelled = [int(n) for n in numbers.split()]
         if kind == "dice":
-            made = dice_table([int(n) for n in numbers.split()], content)
+            made = against_labelled(labelled, content, 1, dice_cell)
+        elif kind == "pairs":
+            made = against_labelled(labelled, content, 2, pair_cell)
+        elif kind == "needs":
+            made = needs_table(labelled, content)
         elif kind == "commands":
             made = commands(content.split())
         else:
@@ -311,6 +393,9 @@ def main(words):
         if wrong:
             raise RunError(f"{', '.join(wrong)}: not what the runs say; "
                            "run python results/tables.py")
+        return
+    if words[:1] == ["--pair"]:
+        print_pair(*words[1:])
         return
     if words[:1] == ["--keep"]:
         for word in words[1:]:

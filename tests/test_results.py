@@ -78,11 +78,15 @@ def test_gain_and_interval_by_hand():
                                 "dice": str(dice + away)})
             volumes.append({"method": method, "labelled": "1", "seed": "0", "patient": patient,
                             "case": patient, "class": "LV", "dice": "nan"})        # left out
-    run = {"volumes": volumes}
-    assert tables.interval(run, "sal", 1) == pytest.approx([10, 30])
+
+    def interval():
+        rows = [tables.scores({"volumes": volumes}, method, 1) for method in ("sal", "scratch")]
+        return tables.interval(*rows)
+
+    assert interval() == pytest.approx([10, 30])
     volumes.append({**volumes[0], "seed": "2", "dice": ".1"})      # a seed that scratch alone has
     volumes.append({**volumes[-1], "method": "sal", "seed": "3"})  # and one that it has not
-    assert tables.interval(run, "sal", 1) == pytest.approx([10, 30])
+    assert interval() == pytest.approx([10, 30])
     dice = {("a", "RV", "ED", "0"): 1., ("a", "RV", "ES", "0"): 3., ("a", "RV", "ES", "1"): 9.}
     assert tables.by_patient(dice, {"0"}) == {("a", "RV"): 2.}
     nan = float("nan")
@@ -98,7 +102,8 @@ def test_an_organ_that_is_seen_where_none_is_counts_in_the_interval():
             dice = {"a": {"scratch": "0", "sal": "nan"}}.get(patient, {}).get(method, ".6")
             volumes.append({"method": method, "labelled": "1", "seed": "0", "patient": patient,
                             "case": patient, "class": "gallbladder", "dice": dice})
-    low, high = tables.interval({"volumes": volumes}, "sal", 1)
+    run = {"volumes": volumes}
+    low, high = tables.interval(tables.scores(run, "sal", 1), tables.scores(run, "scratch", 1))
     assert low == 0                                                # "a" is not drawn
     assert high > 15                                               # drawn once: .6 less .45
 
@@ -155,6 +160,43 @@ def test_dice_against_labelled_patients(copy):
     page.write_text("<!-- dice 1: a = length_scratch_300 scratch; b = test_scratch scratch -->\n"
                     "<!-- end -->\n")
     assert "split is test, that of length_scratch_300 val" in make(copy).stderr
+
+
+def test_pairs_of_rows(copy):
+    """A row over scratch of its own run is the gain of the table of runs; over itself it is 0."""
+    page = copy / "results/new.md"
+    page.write_text("<!-- pairs 1 7: a = demo_sal sal - demo_sal scratch; "
+                    "b = demo_sal sal - demo_sal sal; c = demo_sal sal - demo_gone sal -->\n"
+                    "<!-- end -->\n<!-- runs: demo_sal -->\n<!-- end -->\n")
+    assert make(copy).returncode == 0
+    lines = page.read_text().splitlines()
+    by_seed, gain = next(line for line in lines if "| sal |" in line).split(" | ")[-2:]
+    zeros = "+0.0 [+0.0, +0.0] (+0.0, +0.0, +0.0)"
+    assert lines[1:6] == ["| | 1 | 7 |", "| --- | --- | --- |",
+                          f"| a | {gain.rstrip(' |')} ({by_seed}) | not run |",
+                          f"| b | {zeros} | not run |", "| c | not run | not run |"]
+    runs = copy / "results/runs"
+    done = make(copy, "--pair", runs / "demo_sal", "sal", runs / "demo_sal", "scratch")
+    assert done.stdout == f"1 labelled: {gain.rstrip(' |')} ({by_seed})\n"
+    done = make(copy, "--pair", runs / "demo_sal", "sal", runs / "val_sal_240", "sal")
+    assert (done.returncode, "split is val" in done.stderr) == (1, True)
+    assert "--pair needs" in make(copy, "--pair", runs / "demo_sal").stderr
+
+
+def test_patients_that_scratch_needs(copy):
+    """Halfway from 1 to 4 patients over their logarithm are 2; beyond the line is no number."""
+    curve = {4: .8, 1: .6, 16: .9}
+    assert tables.patients_needed(.7, curve) == "2.0"
+    assert tables.patients_needed(.85, curve) == "8.0"
+    assert tables.patients_needed(.8, curve) == "4.0"
+    assert tables.patients_needed(.5, curve) == "1 or fewer"
+    assert tables.patients_needed(.95, curve) == "more than 16"
+    page = copy / "results/new.md"
+    page.write_text("<!-- needs 1 7 18: a = test_scratch scratch; b = test_gone sal "
+                    "- test_scratch test_18_70 -->\n<!-- end -->\n")
+    assert make(copy).returncode == 0
+    assert page.read_text().splitlines()[3:-1] == ["| a | 1 or fewer | 7.0 | not run |",
+                                                  "| b | not run | not run | not run |"]
 
 
 def test_commands_of_the_runs(copy):
