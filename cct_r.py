@@ -922,14 +922,15 @@ def far_starts(fixed, moving, p, step):
     `register_affine`.
     """
     voxel = p[1, 1, 1] - p[0, 0, 0]                                # [3] mm
+    spacing = voxel.cpu().tolist()
     centre = p.mean((0, 1, 2))                                     # [3]
     reach = far_reach(fixed, moving, p, step) + voxel / 2          # [B, 3] mm: one shift at least
     maps = []
     for scale in FAR_SCALES:
         # `moving` made larger: voxel j of `seen` is what lies at scale (g_0 + j voxel)
         sides = [n * mm for n, mm in zip(moving.shape[2:], step)]
-        counts = [math.ceil(s / (scale * v)) for s, v in zip(sides, voxel.tolist())]
-        g = points(counts, voxel.tolist())                         # [Z, Y, X, 3] mm
+        counts = [math.ceil(s / (scale * v)) for s, v in zip(sides, spacing)]
+        g = points(counts, spacing)                                # [Z, Y, X, 3] mm
         seen = sample(moving, (scale * g).expand(len(moving), *g.shape), step)     # [B, 2, Z, Y, X]
         cc = shifted_correlation(fixed, seen)                      # [B, *size]
         k = [torch.arange(n) for n in cc.shape[1:]]                # each [size]

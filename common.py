@@ -951,7 +951,7 @@ def emulates_bfloat16(device):
 
 
 def clock(device):
-    """The time in seconds, once the device has done what it was given.
+    """Seconds since some moment, once the device has done what it was given.
 
     A GPU works on after the call that gave it something to do has returned.
     """
@@ -959,7 +959,7 @@ def clock(device):
         torch.cuda.synchronize(device)
     if device.type == "mps":
         torch.mps.synchronize()
-    return time.time()
+    return time.monotonic()
 
 
 def peak_memory(device):
@@ -1202,6 +1202,8 @@ class Run:
                 self.collect(row, content)
             elif wanted:
                 yield row
+        if workers:
+            workers.end()
 
     def note_missing(self):
         """Print which baselines --scratch lacks."""
@@ -1364,6 +1366,11 @@ class Workers:
             for n, code in enumerate(codes):
                 if code:
                     self.stop(n, code)
+
+    def end(self):
+        """Wait until all have tidied up; their rows are there."""
+        for process in self.processes:
+            process.wait()
 
     def stop(self, n, code):
         """End all workers, and raise what the n-th said last."""

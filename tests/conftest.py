@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 # Networks this small are slower on two threads, and numbers repeat for one number of threads. It
-# must be said before torch is imported, and the scripts' own processes inherit it.
-os.environ["OMP_NUM_THREADS"] = "1"
+# must be said before torch is imported, and the scripts' own processes inherit it. The tests are of
+# the CPU, and of a pretended GPU (test_device.py).
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -42,8 +43,11 @@ def command(script, *arguments):
 
 
 def run(script, *arguments, cwd=ROOT, **kwargs):
-    """Run a script in a new process; returns what subprocess does, with text output."""
-    return subprocess.run(command(script, *arguments), cwd=cwd, text=True, timeout=300,
+    """Run a script in a new process; returns what subprocess does, with text output.
+
+    The limit is against a process that hangs, on however slow a machine.
+    """
+    return subprocess.run(command(script, *arguments), cwd=cwd, text=True, timeout=1800,
                           capture_output=True, **kwargs)
 
 
@@ -158,10 +162,17 @@ def finished(phantom, tmp_path_factory):
         if script not in made:
             done = run(script, "--data", phantom, *options(script), "--labelled", 1, 2,
                        "--seeds", 0, 1, "--out", script, cwd=work)
-            assert done.returncode == 0, done.stderr
-            made[script] = done.stdout
-        return work / script, work, made[script]
+            made[script] = done
+        assert made[script].returncode == 0, made[script].stderr
+        return work / script, work, made[script].stdout
     return of
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whichever ran before it."""
+    import torch
+    torch.manual_seed(0)
 
 
 def written(file):

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -780,9 +781,11 @@ def test_ramp_and_decay():
 
 
 @pytest.fixture(scope="module")
-def setting(phantom, tmp_path_factory):
-    """The `Run` of the tiny phantom."""
+def setting(finished, phantom, tmp_path_factory):
+    """The `Run` of the tiny phantom, with a copy of what `finished` has registered."""
     work = tmp_path_factory.mktemp("cct_r")
+    _, tiny, _ = finished("cct_r")
+    shutil.copytree(tiny / "cache", work / "cache")
     _, run_ = started("cct_r", "--data", phantom, "--cache", work / "cache", "--out", work / "o")
     return run_
 
@@ -828,7 +831,7 @@ def test_registration_is_cached(setting, registered, monkeypatch):
     """A second run does not register, a run with other options does."""
     monkeypatch.setattr(cct_r, "register_batch", None)
     again, _, seconds = cct_r.register_all(setting, registered.volumes, registered.labelled)
-    assert seconds == registered.seconds > 1                       # what it took when it was made
+    assert seconds == registered.seconds > 0                       # what it took when it was made
     assert set(again) == set(registered.pairs)
     for key, pair in registered.pairs.items():
         assert all(torch.equal(again[key][name], pair[name]) for name in pair)

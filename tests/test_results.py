@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]
 def make(folder, *words):
     """Run results/tables.py of this copy of the repository."""
     return subprocess.run([sys.executable, folder / "results/tables.py", *map(str, words)],
-                          text=True, capture_output=True, timeout=60)
+                          text=True, capture_output=True, timeout=600)
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_own_runs_as_table_and_curve(finished, tmp_path):
     out, work, _ = finished("sal")
     data = json.loads((out / "options.json").read_text())["data"]
     done = subprocess.run([sys.executable, ROOT / "results/tables.py", out], cwd=tmp_path,
-                          text=True, capture_output=True, timeout=60)
+                          text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "| sal | 2 | sal | 0." in done.stdout
     assert (tmp_path / "tables.png").stat().st_size > 5000

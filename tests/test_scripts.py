@@ -351,7 +351,7 @@ def test_kill_and_resume(script, finished, phantom):
     """
     out, work, _ = finished(script)
     words = ["--data", phantom, *options(script), "--labelled", 1, 2, "--seeds", 0, 1]
-    words += ["--out", f"killed_{script}"]
+    words += ["--out", f"killed_{script}", "--save-every", 1]
     killed = work / f"killed_{script}"
     deaths = 0
     first = "options.json" if script == "cct_r" else "pretraining.pt"
@@ -366,7 +366,7 @@ def test_kill_and_resume(script, finished, phantom):
                 deaths += 1
                 break
             time.sleep(.002)
-        _, errors = process.communicate()
+        _, errors = process.communicate(timeout=1800)
         assert process.returncode in (0, -signal.SIGKILL), errors
     assert deaths >= 2
     assert process.returncode == 0
@@ -567,26 +567,31 @@ def test_unwritable_and_full_output(finished, phantom, tmp_path):
 GRIDS = {"acdc": ["--spacing", 6], "Task04_Hippocampus": ["--size", 48, "--spacing", 1.5]}
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="real scans are not on this machine")
-@pytest.mark.parametrize("name", ["acdc", "Task04_Hippocampus"])
+def real_scans(name):
+    """The folder of a set of real scans; the test is skipped where it is not on this machine."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"{name} is not on this machine")
+    return SHARED / name
+
+
+@pytest.mark.parametrize("name", GRIDS)
 def test_real_scans(name, tmp_path):
     """The whole script on real scans, a few steps (of ACDC the first 12 patients)."""
-    folder = SHARED / name
+    folder = real_scans(name)
     if name == "acdc":
         folder = tmp_path / "acdc"
         folder.mkdir()
-        for patient in sorted((SHARED / "acdc/training").glob("patient*"))[:12]:
+        for patient in sorted((real_scans(name) / "training").glob("patient*"))[:12]:
             (folder / patient.name).symlink_to(patient)
     words = [*options("sal"), "--split", "val", *GRIDS[name], "--windows", 1, "--out", "o"]
     done = run_here("sal", "--data", folder, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="real scans are not on this machine")
-@pytest.mark.parametrize("name", ["acdc", "Task04_Hippocampus"])
+@pytest.mark.parametrize("name", GRIDS)
 def test_the_grid_keeps_the_truth(name):
     """Labels on the network's grid and back again lose little."""
-    cases = data.find_cases(SHARED / name)
+    cases = data.find_cases(real_scans(name))
     spacing, size = data.default_grid(cases)
     worst = []
     for case in cases[::37]:
