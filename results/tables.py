@@ -12,6 +12,7 @@ On a page a table stands between one of these lines and `<!-- end -->`:
     <!-- dice 1 3 7: TITLE = NAME METHOD; ... -->       mean Dice against labelled patients
     <!-- pairs 1 3 7: TITLE = NAME METHOD - NAME METHOD; ... -->   one row's gain over another's
     <!-- needs 1 3 7: TITLE = NAME METHOD; ... - NAME NAME -->  patients that scratch needs for it
+    <!-- registration: NAME -->                         what CCT-R's registration is worth
     <!-- commands: NAME NAME ... -->                    how these runs were made
 
 NAME is a folder of results/runs/. A cell that no run backs says "not run". Needs no torch.
@@ -34,9 +35,11 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-MARKED = r"(<!-- (runs|dice|pairs|needs|commands)([^:>]*): ([^>]*?) -->\n).*?(<!-- end -->)"
+KINDS = "runs|dice|pairs|needs|registration|commands"
+MARKED = rf"(<!-- ({KINDS})([^:>]*): ([^>]*?) -->\n).*?(<!-- end -->)"
 TABLE = re.compile(MARKED, re.DOTALL)
 KEPT = ["options.json", "metrics.json", "per_volume.csv", "run.txt"]
+KEPT_TOO = ["registration.csv"]                                    # of CCT-R
 
 
 class RunError(Exception):
@@ -243,6 +246,57 @@ def needs_table(labelled, content):
     return against_labelled(labelled, lines, 1, cell)
 
 
+def registration_table(name):
+    """Label Dice of a run's registrations to the volumes of its first 1, 3, ... labelled patients.
+
+    The mean of all pairs before, after the affine map and deformed; deformed, of one partner a
+    volume: the one that BRS takes (least cycle error), the most similar one, the best by its label.
+    """
+    run = kept_run(name)
+    if run is None:
+        return "not run\n"
+    with open(HERE / "runs" / name / "registration.csv") as file:
+        every = list(csv.DictReader(file))
+    heads = ["labelled", "pairs", "before", "affine", "deformed", "**taken by BRS**",
+             "largest similarity", "best, by its label", "folded, mean; worst",
+             "rank correlation"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for n in sorted({row["labelled"] for row in run["metrics"]["rows"]}):
+        patients = next(r["patients"] for r in run["metrics"]["rows"] if r["labelled"] == n)
+        pairs = [row for row in every if of_patients(row["labelled"], patients)]
+        lines.append("| " + " | ".join(registration_cells(n, pairs, patients)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def of_patients(case, patients):
+    """Whether a case, as patient099_frame01, is one of these patients'."""
+    return any(case == patient or case.startswith(f"{patient}_") for patient in patients)
+
+
+def registration_cells(n, pairs, patients):
+    """The line of `registration_table` for n labelled patients and the rows of their pairs."""
+    def numbers(name, rows=pairs):
+        return np.array([float(row[name]) for row in rows])
+
+    partners = {}
+    for row in pairs:
+        if not of_patients(row["volume"], patients):
+            partners.setdefault(row["volume"], []).append(row)
+
+    def mean_of(choice):                                           # one partner for each volume
+        return np.mean([float(choice(rows)["dice_after"]) for rows in partners.values()])
+
+    means = [numbers(f"dice_{when}").mean() for when in ("before", "affine", "after")]
+    means.append(mean_of(lambda rows: min(rows, key=lambda row: float(row["cycle_error_mm"]))))
+    means.append(mean_of(lambda rows: max(rows, key=lambda row: float(row["similarity_after"]))))
+    means.append(mean_of(lambda rows: max(rows, key=lambda row: float(row["dice_after"]))))
+    folded = numbers("folded_percent")
+    errors, dice = (np.argsort(np.argsort(numbers(k))) for k in ("cycle_error_mm", "dice_after"))
+    return [str(n), str(len(pairs)), *(f"{mean:.3f}" for mean in means),
+            f"{folded.mean():.3f} %; {folded.max():.2f} %",
+            f"{np.corrcoef(errors, dice)[0, 1]:.2f}"]
+
+
 def commands(names):
     """The command, commit, machine and minutes of each run, a line each."""
     lines = []
@@ -341,7 +395,8 @@ def keep(folder):
     options = read_run(folder)["options"]
     kept = HERE / "runs" / folder.name
     kept.mkdir(parents=True, exist_ok=True)
-    texts = {name: read_text(folder / name) for name in KEPT}
+    there = [name for name in KEPT_TOO if (folder / name).exists()]
+    texts = {name: read_text(folder / name) for name in [*KEPT, *there]}
     for path in [options["data"], *options.get("pretrain_data", [])]:
         if path:                                                   # None: the phantom
             short = f"path/to/{Path(path).name}"
@@ -379,6 +434,8 @@ def rewritten(page):
             made = against_labelled(labelled, content, 2, pair_cell)
         elif kind == "needs":
             made = needs_table(labelled, content)
+        elif kind == "registration":
+            made = registration_table(content)
         elif kind == "commands":
             made = commands(content.split())
         else:

@@ -199,6 +199,38 @@ def test_patients_that_scratch_needs(copy):
                                                   "| b | not run | not run | not run |"]
 
 
+def test_registration_by_hand(copy):
+    """Two volumes, two labelled patients, of whom the second has two frames."""
+    columns = ["volume", "labelled", "similarity_after", "folded_percent", "cycle_error_mm",
+               "dice_before", "dice_affine", "dice_after"]
+    pairs = [["x", "a", .5, 0, 1, .1, .2, .3],                     # BRS's for x
+             ["x", "b_1", .6, 0, 2, .1, .2, .9],                   # its most similar, and best
+             ["x", "b_2", .4, 0, 3, .1, .2, .3],
+             ["y", "a", .7, .4, 4, .1, .2, .5],                    # y's most similar
+             ["y", "b_1", .1, 0, 9, .1, .2, .6],                   # its best
+             ["y", "b_2", .2, 0, 2.5, .1, .2, .4],                 # BRS's for y
+             ["b_1", "a", .1, .2, 8, .4, .8, .8]]                  # b has labels of its own
+    run = copy / "results/runs/hand"
+    shutil.copytree(copy / "results/runs/demo_sal", run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["rows"] = [{"labelled": 1, "patients": ["a"]}, {"labelled": 2, "patients": ["a", "b"]}]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    lines = [columns, *pairs]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    (run / "registration.csv").write_text(text)
+    page = copy / "results/new.md"
+    page.write_text("<!-- registration: hand -->\n<!-- end -->\n"
+                    "<!-- registration: gone -->\n<!-- end -->\n")
+    assert make(copy).returncode == 0
+    lines = page.read_text().splitlines()
+    one = "0.200 | 0.400 | 0.533 | 0.533 | 0.533 | 0.533 | 0.200 %; 0.40 % | 1.00"
+    assert lines[3] == f"| 1 | 3 | {one} |"
+    cells = lines[4].split(" | ")
+    assert cells[:2] == ["| 2", "7"]
+    assert cells[5:8] == ["0.350", "0.700", "0.750"]
+    assert lines[7] == "not run"
+
+
 def test_commands_of_the_runs(copy):
     page = copy / "results/new.md"
     page.write_text("<!-- commands: demo_sal -->\n<!-- end -->\n")
