@@ -181,13 +181,17 @@ def against_labelled(labelled, lines, sources, cell):
     runs = []
     for line in lines.split(";"):
         title, right = line.split("=")
+        found = []
         words = []
         for source in right.split(" - ", sources - 1):
             name, method = source.split(maxsplit=1)
-            words += [kept_run(name), method.strip()]
-        runs += [run for run in words[::2] if run]
-        there = all(words[::2])
-        cells = [cell(*words, n) if there else "not run" for n in labelled]
+            run = kept_run(name)
+            found.append(run)
+            words += [run, method.strip()]
+        runs += [run for run in found if run]
+        cells = ["not run"] * len(labelled)
+        if all(found):
+            cells = [cell(*words, n) for n in labelled]
         rows.append("| " + " | ".join([title.strip(), *cells]) + " |")
     if runs:
         comparable(runs)
@@ -255,8 +259,8 @@ def registration_table(name):
     run = kept_run(name)
     if run is None:
         return "not run\n"
-    with open(HERE / "runs" / name / "registration.csv") as file:
-        every = list(csv.DictReader(file))
+    text = read_text(HERE / "runs" / name / "registration.csv")
+    every = list(csv.DictReader(text.splitlines()))
     heads = ["labelled", "pairs", "before", "affine", "deformed", "**taken by BRS**",
              "largest similarity", "best, by its label", "folded, mean; worst",
              "rank correlation"]
@@ -283,15 +287,17 @@ def registration_cells(n, pairs, patients):
         if not of_patients(row["volume"], patients):
             partners.setdefault(row["volume"], []).append(row)
 
-    def mean_of(choice):                                           # one partner for each volume
-        return np.mean([float(choice(rows)["dice_after"]) for rows in partners.values()])
+    def mean_of(choose, name):                                     # one partner for each volume
+        taken = [choose(rows, key=lambda row: float(row[name])) for rows in partners.values()]
+        return numbers("dice_after", taken).mean()
 
     means = [numbers(f"dice_{when}").mean() for when in ("before", "affine", "after")]
-    means.append(mean_of(lambda rows: min(rows, key=lambda row: float(row["cycle_error_mm"]))))
-    means.append(mean_of(lambda rows: max(rows, key=lambda row: float(row["similarity_after"]))))
-    means.append(mean_of(lambda rows: max(rows, key=lambda row: float(row["dice_after"]))))
+    means.append(mean_of(min, "cycle_error_mm"))                   # BRS
+    means.append(mean_of(max, "similarity_after"))
+    means.append(mean_of(max, "dice_after"))
     folded = numbers("folded_percent")
-    errors, dice = (np.argsort(np.argsort(numbers(k))) for k in ("cycle_error_mm", "dice_after"))
+    errors = np.argsort(np.argsort(numbers("cycle_error_mm")))     # places in their order
+    dice = np.argsort(np.argsort(numbers("dice_after")))
     return [str(n), str(len(pairs)), *(f"{mean:.3f}" for mean in means),
             f"{folded.mean():.3f} %; {folded.max():.2f} %",
             f"{np.corrcoef(errors, dice)[0, 1]:.2f}"]
@@ -411,8 +417,9 @@ def print_pair(*words):
     """One row's gain over another's, for every number of labelled patients that both have."""
     if len(words) != 4:
         raise RunError("--pair needs RUN METHOD RUN METHOD")
-    ours, method, base, base_method = words
-    ours, base = read_run(Path(ours)), read_run(Path(base))
+    folder, method, base_folder, base_method = words
+    ours = read_run(Path(folder))
+    base = read_run(Path(base_folder))
     comparable([ours, base])
     for labelled in sorted({row["labelled"] for row in ours["metrics"]["summary"]}):
         print(f"{labelled} labelled: {pair_cell(ours, method, base, base_method, labelled)}")

@@ -13,7 +13,7 @@ import pytest
 
 # Networks this small are slower on two threads, and numbers repeat for one number of threads. It
 # must be said before torch is imported, and the scripts' own processes inherit it. The tests are of
-# the CPU, and of a pretended GPU (test_device.py).
+# the CPU, and of a pretend GPU (test_device.py).
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -831,7 +831,7 @@ def test_registration_is_cached(setting, registered, monkeypatch):
     """A second run does not register, a run with other options does."""
     monkeypatch.setattr(cct_r, "register_batch", None)
     again, _, seconds = cct_r.register_all(setting, registered.volumes, registered.labelled)
-    assert seconds == registered.seconds > 0                       # what it took when it was made
+    assert seconds == registered.seconds > 1                       # what it took when it was made
     assert set(again) == set(registered.pairs)
     for key, pair in registered.pairs.items():
         assert all(torch.equal(again[key][name], pair[name]) for name in pair)

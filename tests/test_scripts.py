@@ -354,9 +354,8 @@ def test_kill_and_resume(script, finished, phantom):
     words += ["--out", f"killed_{script}", "--save-every", 1]
     killed = work / f"killed_{script}"
     deaths = 0
-    targets = [f"finetuning_{script}_n1_s1.pt"]                    # after whole rows
-    if script != "cct_r":                                          # its registration: test_cct_r.py
-        targets.insert(0, "pretraining.pt")
+    first = "options.json" if script == "cct_r" else "pretraining.pt"
+    targets = [first, f"finetuning_{script}_n1_s1.pt"]             # the latter after whole rows
     for target in [*targets, None]:
         resume = ["--resume"] if killed.exists() else []
         before = target and written(killed / target)
@@ -581,9 +580,10 @@ def test_real_scans(name, tmp_path):
     """The whole script on real scans, a few steps (of ACDC the first 12 patients)."""
     folder = real_scans(name)
     if name == "acdc":
+        patients = sorted((folder / "training").glob("patient*"))[:12]
         folder = tmp_path / "acdc"
         folder.mkdir()
-        for patient in sorted((real_scans(name) / "training").glob("patient*"))[:12]:
+        for patient in patients:
             (folder / patient.name).symlink_to(patient)
     words = [*options("sal"), "--split", "val", *GRIDS[name], "--windows", 1, "--out", "o"]
     done = run_here("sal", "--data", folder, *words, cwd=tmp_path)
